@@ -1,0 +1,13 @@
+//! Seawall: a PostgreSQL WAL-streaming archiver. (The map is completed with the modules.)
+
+pub mod catalog;
+pub mod config;
+pub mod continuity;
+pub mod error;
+pub mod postgres;
+pub mod replication;
+pub mod repository;
+pub mod restore;
+pub mod secret;
+pub mod testkit;
+pub mod wal;

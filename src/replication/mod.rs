@@ -1,0 +1,57 @@
+//! The replication protocol, client side: our own, on `postgres-protocol`'s frames.
+//!
+//! Owns: start-up, authentication, TLS, replication commands, the streaming sub-protocol, simple queries.
+//! Does not own: which host to try and with which settings (`postgres`), what the WAL means (`wal`),
+//! what is acknowledged (`receiver`). Rests on `proto-notes/01` to `03`.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::secret::Secret;
+
+/// Where one server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Address {
+    /// `ip` overrides resolving `host`; `host` stays the name TLS and the passfile see.
+    Tcp { host: String, ip: Option<IpAddr>, port: u16 },
+    /// The socket `<directory>/.s.PGSQL.<port>`; a directory starting with `@` is in the abstract namespace.
+    Unix { directory: PathBuf, port: u16 },
+}
+
+/// libpq's `sslmode`, as far as it is built: `disable`, `prefer` and `require` (without verification).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SslMode {
+    Disable,
+    Prefer,
+    Require,
+}
+
+/// What a session is for: the server treats them differently from the start-up packet on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SessionKind {
+    /// A physical walsender (`replication=true`): replication commands, no SQL.
+    Physical,
+    /// An ordinary session on a database: SQL by simple query.
+    Sql { database: String },
+}
+
+/// One attempt to open one session on one server.
+#[derive(Clone, Debug)]
+pub struct Login {
+    pub address: Address,
+    pub ssl_mode: SslMode,
+    pub user: String,
+    pub password: Option<Secret>,
+    pub kind: SessionKind,
+    pub application_name: String,
+    /// The start-up packet's `options` (`-c name=value …`); empty for none.
+    pub options: String,
+    /// For the whole of connecting, TLS and authentication.
+    pub connect_timeout: Duration,
+    /// For each answer to a command (not for streaming).
+    pub answer_timeout: Duration,
+    /// `SO_KEEPALIVE` idle, interval, count; `None` switches it off.
+    pub keepalive: Option<(Duration, Duration, u32)>,
+    pub tcp_user_timeout: Option<Duration>,
+}

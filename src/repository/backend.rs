@@ -1,0 +1,177 @@
+//! Owns: the small interface a store must offer, and what each call guarantees.
+//! Does not own: retries (the caller decides by [`StoreError`]), names (`layout.rs`).
+
+use std::fmt;
+use std::ops::Range;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::error::{Advice, Disposition, ExitCode};
+
+/// A slash-separated path below the repository's root, built only by `layout.rs`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Key(String);
+
+impl Key {
+    /// `path` must be relative, without empty, `.` or `..` components; only `layout.rs` and tests call this.
+    pub fn new(path: impl Into<String>) -> Key {
+        let path = path.into();
+        let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+        assert!(path.split('/').all(plain), "object keys are built from checked names: {path:?}");
+        Key(path)
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The part after the last slash.
+    pub fn file_name(&self) -> &str {
+        self.0.rsplit('/').next().expect("split yields at least one part")
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// One name found by [`Backend::list`]: the last path component only.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Entry {
+    /// Something lies below this name.
+    Directory(String),
+    Object {
+        name: String,
+        bytes: u64,
+    },
+}
+
+/// A store of write-once objects. Every call has a deadline of its own and may be dropped at any await:
+/// a dropped `put_new` may or may not take effect, never partly.
+#[async_trait]
+pub trait Backend: fmt::Debug + Send + Sync {
+    /// The URL an operator would recognise; without secrets.
+    fn describe(&self) -> String;
+
+    /// Stores `body` (its parts concatenated) under a name that must be free. When this returns the object
+    /// survives a crash of machine and process. No reader ever sees a part of it. `AlreadyExists` when the
+    /// name is taken, whoever took it: the caller compares contents.
+    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError>;
+
+    /// Begins an object that is written piece by piece; it does not exist until [`Upload::complete`].
+    async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError>;
+
+    /// The object's size in bytes, or `None` when the store answers that it is not there.
+    async fn stat(&self, key: &Key) -> Result<Option<u64>, StoreError>;
+
+    /// The bytes of `range`, which must lie inside the object; `NotFound` when there is none.
+    async fn fetch(&self, key: &Key, range: Range<u64>) -> Result<Bytes, StoreError>;
+
+    /// Names directly below `directory` (`None`: the root), sorted; an absent directory is empty.
+    async fn list(&self, directory: Option<&Key>) -> Result<Vec<Entry>, StoreError>;
+
+    /// Removes an object; one that is not there is success.
+    async fn delete(&self, key: &Key) -> Result<(), StoreError>;
+}
+
+/// An object being written. Dropping it leaves nothing under its name; debris is cleaned by the backend later.
+#[async_trait]
+pub trait Upload: fmt::Debug + Send {
+    async fn append(&mut self, part: Bytes) -> Result<(), StoreError>;
+
+    /// Reads back bytes already appended. `Unsupported` where the store cannot (multipart uploads).
+    async fn read_back(&mut self, range: Range<u64>) -> Result<Bytes, StoreError>;
+
+    /// Gives the object its name, with the guarantees of [`Backend::put_new`].
+    async fn complete(self: Box<Self>) -> Result<(), StoreError>;
+
+    /// Removes what was written so far.
+    async fn abort(self: Box<Self>) -> Result<(), StoreError>;
+}
+
+/// Why a store refused, in terms of what the caller does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoreErrorKind {
+    AlreadyExists,
+    NotFound,
+    PermissionDenied,
+    NoSpace,
+    /// The repository's root is not there: an unmounted volume, a deleted bucket.
+    RootMissing,
+    ReadOnly,
+    Unavailable,
+    /// The store gave other bytes than it should have.
+    Corrupt,
+    Unsupported,
+}
+
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("could not {operation} {location}: {cause}")]
+pub struct StoreError {
+    pub kind: StoreErrorKind,
+    /// Verb: "store", "read", "list", "delete".
+    pub operation: &'static str,
+    /// The full place: URL or path with the key.
+    pub location: String,
+    pub cause: String,
+}
+
+impl StoreError {
+    pub fn is(&self, kind: StoreErrorKind) -> bool {
+        self.kind == kind
+    }
+}
+
+impl Advice for StoreError {
+    fn hint(&self) -> Option<String> {
+        let text = match self.kind {
+            StoreErrorKind::AlreadyExists => "does another agent, or another cluster, write to the same repository?",
+            StoreErrorKind::NotFound => "was the object deleted by something other than `seawall expire`?",
+            StoreErrorKind::PermissionDenied => {
+                "give the user seawall runs as read and write permission there (files 0600, directories 0700)"
+            }
+            StoreErrorKind::NoSpace => {
+                "free space on the repository's volume; the agent goes on by itself as soon as there is room"
+            }
+            StoreErrorKind::RootMissing => {
+                "is the volume mounted? seawall never creates a missing root by itself while it is running"
+            }
+            StoreErrorKind::ReadOnly => {
+                "the repository's volume is read-only: remount it, or point `url` at a writable one"
+            }
+            StoreErrorKind::Unavailable => {
+                "the agent retries by itself; WAL stays on the server until the store is back"
+            }
+            StoreErrorKind::Corrupt => {
+                "the stored bytes are damaged: keep the object for inspection and run `seawall gaps`"
+            }
+            StoreErrorKind::Unsupported => return None,
+        };
+        Some(text.to_string())
+    }
+
+    fn disposition(&self) -> Disposition {
+        match self.kind {
+            StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => Disposition::Stop,
+            StoreErrorKind::Unavailable | StoreErrorKind::NotFound => Disposition::Retry,
+            _ => Disposition::Operator,
+        }
+    }
+
+    fn exit_code(&self) -> ExitCode {
+        match self.kind {
+            StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => ExitCode::Data,
+            StoreErrorKind::PermissionDenied | StoreErrorKind::ReadOnly => ExitCode::Permission,
+            _ => ExitCode::Unavailable,
+        }
+    }
+}

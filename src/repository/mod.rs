@@ -1,0 +1,13 @@
+//! The repository: create-only objects under names that promise their content.
+//!
+//! Owns: object names (`layout`), the store interface (`backend`) and its implementations.
+//! Does not own: what the objects mean (`catalog`), when they are written (`archiver`).
+//! Rests on `proto-notes/07-repository-format.md` and `08-durability.md`.
+
+mod backend;
+mod durable;
+pub mod layout;
+mod local;
+
+pub use backend::{Backend, Entry, Key, StoreError, StoreErrorKind, Upload};
+pub use local::LocalBackend;

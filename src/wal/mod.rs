@@ -1,0 +1,20 @@
+//! The WAL itself: positions, names, pages, records, and the proof that a stream of bytes is a valid WAL.
+//!
+//! Owns: LSN and segment arithmetic, timelines and history files, the page and record formats, the scanner.
+//! Does not own: where the bytes come from, where they go, what is acknowledged.
+//! Pure: no IO, clock, randomness or async. Rests on `proto-notes/05-wal-format.md` and `06-timelines.md`.
+
+mod lsn;
+mod page;
+mod record;
+pub mod scanner;
+mod segment;
+mod summary;
+mod timeline;
+
+pub use lsn::{Lsn, ParseLsnError};
+pub use page::{PAGE_BYTES, PageMagic};
+pub use scanner::{Carry, Proof, ScanError, ScanOptions, Scanner};
+pub use segment::{InvalidSegmentSize, ParseSegmentNameError, SegmentName, SegmentNumber, SegmentSize};
+pub use summary::{Commit, RelationChange, RestorePoint, SegmentSummary};
+pub use timeline::{History, HistoryEntry, HistoryError, SystemId, TimelineId};
