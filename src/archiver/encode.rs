@@ -1,0 +1,80 @@
+//! Owns: the stage between receiver and archivers: frames compressed in parallel, handed on in order, each
+//! once for all repositories.
+//! Does not own: what the archivers make of them.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesOrdered;
+use tokio::sync::mpsc;
+
+use super::workers::Workers;
+use crate::codec::EncodedFrame;
+use crate::receiver::{Cut, MemoryBudget, MemoryHold, Piece, RawFrame, Sealed};
+use crate::wal::Lsn;
+
+/// A whole frame, encoded; it counts against the memory budget as long as anybody holds it.
+#[derive(Debug)]
+pub struct HeldFrame {
+    pub start: Lsn,
+    pub frame: EncodedFrame,
+    _hold: MemoryHold,
+}
+
+impl HeldFrame {
+    pub fn end(&self) -> Lsn {
+        self.start + self.frame.raw_bytes as u64
+    }
+}
+
+/// What the archivers get, in the order of the stream.
+#[derive(Clone, Debug)]
+pub enum Encoded {
+    Frame(Arc<HeldFrame>),
+    Cut(Arc<Cut>),
+    Seal(Arc<Sealed>),
+}
+
+/// Encodes until `pieces` closes, or every archiver is gone.
+pub async fn run_encoding(
+    mut pieces: mpsc::Receiver<Piece>,
+    archivers: Vec<mpsc::Sender<Encoded>>,
+    workers: Workers,
+    memory: MemoryBudget,
+) {
+    let mut encoding: FuturesOrdered<BoxFuture<'static, Encoded>> = FuturesOrdered::new();
+    let mut open = true;
+    while open || !encoding.is_empty() {
+        tokio::select! {
+            biased;
+            piece = pieces.recv(), if open && encoding.len() <= workers.width() => match piece {
+                Some(piece) => encoding.push_back(encode(piece, workers.clone(), memory.clone())),
+                None => open = false,
+            },
+            Some(encoded) = encoding.next(), if !encoding.is_empty() => {
+                for archiver in &archivers {
+                    // An archiver that ended says why itself; its channel closes the receiver's.
+                    if archiver.send(encoded.clone()).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn encode(piece: Piece, workers: Workers, memory: MemoryBudget) -> BoxFuture<'static, Encoded> {
+    match piece {
+        Piece::Frame(raw) => Box::pin(encode_frame(raw, workers, memory)),
+        Piece::Cut(cut) => Box::pin(std::future::ready(Encoded::Cut(Arc::new(cut)))),
+        Piece::Seal(sealed) => Box::pin(std::future::ready(Encoded::Seal(Arc::new(sealed)))),
+    }
+}
+
+async fn encode_frame(raw: RawFrame, workers: Workers, memory: MemoryBudget) -> Encoded {
+    let start = raw.start;
+    let frame = workers.run(move |encoder| encoder.encode(raw.bytes())).await;
+    let hold = memory.hold(frame.bytes.len() as u64);
+    Encoded::Frame(Arc::new(HeldFrame { start, frame, _hold: hold }))
+}

@@ -1,0 +1,399 @@
+//! What happens to encoded frames in one repository: tails while a segment is open, the segment when it is
+//! whole, its index entry, then the tails go. In parallel, but positions advance only over a gap-free prefix.
+//!
+//! Owns: the order of writes to one repository and the frontier they reach.
+//! Does not own: proof (`receiver`), the bytes' encoding (`codec`), what is acknowledged (`receiver/progress.rs`).
+//! Rests on `proto-notes/07-repository-format.md`, "order of writes".
+
+mod encode;
+mod index;
+mod push;
+mod queue;
+mod segment;
+mod tail;
+mod workers;
+mod writer;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{Mutex, mpsc, watch};
+
+pub use encode::{Encoded, run_encoding};
+pub use workers::Workers;
+pub use writer::{ArchiveError, StoreHealth, Writer};
+
+use crate::catalog::index::IndexEntry;
+use crate::receiver::resume::Frontier;
+use crate::receiver::{Cut, Progress, Sealed};
+use crate::repository::layout::{IndexName, TailName};
+use crate::repository::{Key, StoreErrorKind};
+use crate::wal::{Lsn, SegmentName, SegmentNumber, SegmentSize, TimelineId};
+use index::IndexGroups;
+use queue::Queue;
+use segment::{Segment, Slot};
+use tail::plan_tail;
+
+#[derive(Clone, Debug)]
+pub struct ArchiverOptions {
+    pub timeline: TimelineId,
+    pub segment_size: SegmentSize,
+    /// This repository's place in the configuration, and in [`Progress`].
+    pub repository: usize,
+    /// A segment whose encoded frames exceed this moves into an unfinished upload: a quarter of the budget.
+    pub held_bytes_max: u64,
+}
+
+/// Segments stored at once: more only helps where a store answers slowly and has the bandwidth for it.
+const PUSHES_MAX: usize = 4;
+/// Index entries per object; also bounds what one failed put has to repeat.
+const INDEX_BATCH_MAX: usize = 64;
+
+/// One repository's writer for one stream. Ends when its input closes and everything is stored, or fails.
+/// May be dropped at any await: every object is complete or absent.
+pub struct Archiver {
+    options: ArchiverOptions,
+    writer: Writer,
+    workers: Workers,
+    progress: Arc<watch::Sender<Progress>>,
+    queue: Queue,
+    /// Segments that are not stored yet.
+    segments: BTreeMap<SegmentNumber, Work>,
+    /// Stored tails by segment, until the segment is indexed.
+    tails: BTreeMap<SegmentNumber, Vec<TailName>>,
+    /// The newest cut that is not stored yet.
+    cut: Option<Arc<Cut>>,
+    /// Entries of stored segments, waiting for their turn in the index.
+    entries: BTreeMap<SegmentNumber, IndexEntry>,
+    next_to_index: SegmentNumber,
+    groups: IndexGroups,
+    /// Objects that newer ones made superfluous.
+    superfluous: Vec<Key>,
+    jobs: FuturesUnordered<BoxFuture<'static, Result<Done, ArchiveError>>>,
+    running: Running,
+}
+
+impl std::fmt::Debug for Archiver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Archiver").field("options", &self.options).field("queue", &self.queue).finish_non_exhaustive()
+    }
+}
+
+/// Which jobs are under way.
+#[derive(Debug, Default)]
+struct Running {
+    pushes: usize,
+    tail: bool,
+    index: bool,
+    moving: Option<SegmentNumber>,
+    compaction: bool,
+    cleaning: bool,
+}
+
+/// A segment on its way into the repository.
+struct Work {
+    segment: Segment,
+    state: State,
+}
+
+enum State {
+    /// Its end is not proven.
+    Open,
+    /// Whole; waits for its turn.
+    Sealed(Arc<Sealed>),
+    Pushing,
+}
+
+/// A job's result.
+enum Done {
+    Tail { number: SegmentNumber, tail: TailName, absorbed: Vec<TailName> },
+    TailSuperseded,
+    Pushed { number: SegmentNumber, entry: Box<IndexEntry> },
+    Indexed { name: IndexName, entries: Vec<IndexEntry> },
+    Moved { number: SegmentNumber, slots: Vec<Slot> },
+    Compacted { merged: IndexName, entries: Vec<IndexEntry> },
+    Cleaned,
+}
+
+impl Archiver {
+    pub fn new(
+        options: ArchiverOptions,
+        writer: Writer,
+        workers: Workers,
+        progress: Arc<watch::Sender<Progress>>,
+        frontier: &Frontier,
+    ) -> Archiver {
+        let first = options.segment_size.segment_of(frontier.segment_start);
+        let tails = BTreeMap::from([(first, frontier.tails.clone())]);
+        Archiver {
+            queue: Queue::new(frontier.stored()),
+            segments: BTreeMap::new(),
+            tails,
+            cut: None,
+            superfluous: Vec::new(),
+            entries: BTreeMap::new(),
+            next_to_index: first,
+            groups: IndexGroups::default(),
+            jobs: FuturesUnordered::new(),
+            running: Running::default(),
+            options,
+            writer,
+            workers,
+            progress,
+        }
+    }
+
+    pub async fn run(mut self, mut input: mpsc::Receiver<Encoded>) -> Result<(), ArchiveError> {
+        let mut open = true;
+        loop {
+            self.start_jobs(open);
+            if !open && self.jobs.is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                biased;
+                Some(done) = self.jobs.next(), if !self.jobs.is_empty() => self.handle_done(done?),
+                encoded = input.recv(), if open => match encoded {
+                    Some(encoded) => self.handle_encoded(encoded),
+                    None => open = false,
+                },
+            }
+        }
+    }
+
+    fn handle_encoded(&mut self, encoded: Encoded) {
+        match encoded {
+            Encoded::Frame(frame) => {
+                let number = self.options.segment_size.segment_of(frame.start);
+                self.work(number).segment.append(frame);
+            }
+            Encoded::Cut(cut) => self.cut = Some(cut),
+            Encoded::Seal(sealed) => self.work(sealed.number).state = State::Sealed(sealed),
+        }
+    }
+
+    fn work(&mut self, number: SegmentNumber) -> &mut Work {
+        let start = self.options.segment_size.start_of(number);
+        self.segments.entry(number).or_insert_with(|| Work { segment: Segment::new(start), state: State::Open })
+    }
+
+    fn handle_done(&mut self, done: Done) {
+        match done {
+            Done::Tail { number, tail, absorbed } => {
+                self.running.tail = false;
+                self.handle_tail(number, tail, &absorbed);
+            }
+            Done::TailSuperseded => self.running.tail = false,
+            Done::Pushed { number, entry } => {
+                self.running.pushes -= 1;
+                self.segments.remove(&number);
+                self.entries.insert(number, *entry);
+            }
+            Done::Indexed { name, entries } => {
+                self.running.index = false;
+                for entry in &entries {
+                    let record_end = entry.summary.record_end.unwrap_or_default();
+                    self.handle_durable(entry.start_lsn, entry.end_lsn, record_end);
+                    let number = entry.segment.number(self.options.segment_size).expect("named from a number");
+                    let tails = self.tails.remove(&number).unwrap_or_default();
+                    self.give_up_tails(number, &tails);
+                }
+                self.groups.add(name, entries);
+            }
+            Done::Moved { number, slots } => {
+                self.running.moving = None;
+                if let Some(work) = self.segments.get_mut(&number) {
+                    work.segment.slots.splice(..slots.len(), slots);
+                }
+            }
+            Done::Compacted { merged, entries } => {
+                self.running.compaction = false;
+                let lineage = &self.writer.archive.lineage;
+                let parts = self.groups.replace(merged, entries);
+                self.superfluous.extend(parts.into_iter().map(|part| lineage.index(part)));
+            }
+            Done::Cleaned => self.running.cleaning = false,
+        }
+    }
+
+    fn handle_tail(&mut self, number: SegmentNumber, tail: TailName, absorbed: &[TailName]) {
+        self.give_up_tails(number, absorbed);
+        if number < self.next_to_index {
+            // The segment was stored and indexed while this tail was under way.
+            return self.give_up_tails(number, &[tail]);
+        }
+        let tails = self.tails.entry(number).or_default();
+        tails.retain(|held| !absorbed.contains(held));
+        tails.push(tail);
+        self.handle_durable(tail.from, tail.to, tail.to);
+    }
+
+    fn give_up_tails(&mut self, number: SegmentNumber, tails: &[TailName]) {
+        let name = self.name_of(number);
+        let lineage = &self.writer.archive.lineage;
+        self.superfluous.extend(tails.iter().map(|tail| lineage.tail(name, tail)));
+    }
+
+    fn handle_durable(&mut self, from: Lsn, to: Lsn, record_end: Lsn) {
+        let before = self.queue.frontier();
+        self.queue.handle_durable(from, to, record_end);
+        let frontier = self.queue.frontier();
+        if frontier != before {
+            self.progress.send_modify(|progress| progress.handle_stored(self.options.repository, frontier));
+        }
+    }
+
+    fn name_of(&self, number: SegmentNumber) -> SegmentName {
+        SegmentName::new(self.options.timeline, number, self.options.segment_size)
+    }
+
+    fn start_jobs(&mut self, open: bool) {
+        self.start_moving();
+        while self.running.pushes < PUSHES_MAX && self.start_push() {}
+        self.start_index();
+        self.start_tail();
+        if open {
+            self.start_compaction();
+        }
+        self.start_cleaning();
+    }
+
+    /// Moves frames out of memory, of a segment that holds more than its share.
+    fn start_moving(&mut self) {
+        let limit = self.options.held_bytes_max;
+        let too_large = |work: &Work| work.segment.held_bytes() > limit && !matches!(work.state, State::Pushing);
+        let Some(number) = self.segments.iter().find(|(_, work)| too_large(work)).map(|(&number, _)| number) else {
+            return;
+        };
+        if self.running.moving.is_some() {
+            return;
+        }
+        let key = self.writer.archive.lineage.segment(self.name_of(number));
+        let segment = &mut self.segments.get_mut(&number).expect("found above").segment;
+        let upload = segment.upload.get_or_insert_with(|| Arc::new(Mutex::new(None))).clone();
+        let segment = segment.clone();
+        let writer = self.writer.clone();
+        self.running.moving = Some(number);
+        self.jobs.push(Box::pin(async move {
+            if upload.lock().await.is_none() {
+                writer.confirm_epoch(false).await?;
+                let begun = writer.retry(|| writer.archive.backend.begin_upload(&key)).await?;
+                *upload.lock().await = Some(begun);
+            }
+            push::append_to_upload(&upload, &segment.held_frames(), segment.start).await?;
+            Ok(Done::Moved { number, slots: segment.moved() })
+        }));
+    }
+
+    /// Starts to store the lowest sealed segment that is not being stored.
+    fn start_push(&mut self) -> bool {
+        let moving = self.running.moving;
+        let ready = self.segments.iter_mut().find_map(|(&number, work)| match &work.state {
+            State::Sealed(sealed) if moving != Some(number) => Some((number, sealed.clone(), work)),
+            _ => None,
+        });
+        let Some((number, sealed, work)) = ready else { return false };
+        work.state = State::Pushing;
+        let segment = work.segment.clone();
+        let (writer, name, size) = (self.writer.clone(), self.name_of(number), self.options.segment_size);
+        self.running.pushes += 1;
+        self.jobs.push(Box::pin(async move {
+            let entry = push::push_segment(&writer, name, size, segment, &sealed).await?;
+            Ok(Done::Pushed { number, entry: Box::new(entry) })
+        }));
+        true
+    }
+
+    /// Writes the entries of the stored segments that come next, without a hole, of one directory.
+    fn start_index(&mut self) {
+        if self.running.index {
+            return;
+        }
+        let mut batch: Vec<IndexEntry> = Vec::new();
+        while let Some(entry) = self.entries.get(&self.next_to_index) {
+            let other_directory = batch.first().is_some_and(|first| first.segment.high != entry.segment.high);
+            if other_directory || batch.len() == INDEX_BATCH_MAX {
+                break;
+            }
+            batch.extend(self.entries.remove(&self.next_to_index));
+            self.next_to_index = self.next_to_index.next();
+        }
+        let (Some(first), Some(last)) = (batch.first(), batch.last()) else { return };
+        let name = IndexName { first: first.segment, last: last.segment, epoch: self.writer.epoch };
+        let (writer, size) = (self.writer.clone(), self.options.segment_size);
+        self.running.index = true;
+        self.jobs.push(Box::pin(async move {
+            index::put_index(&writer, name, size, &batch).await?;
+            Ok(Done::Indexed { name, entries: batch })
+        }));
+    }
+
+    /// Makes the newest cut durable, unless its segment is sealed meanwhile: then the segment does.
+    fn start_tail(&mut self) {
+        if self.running.tail {
+            return;
+        }
+        let Some(cut) = self.cut.take() else { return };
+        let number = self.options.segment_size.segment_before(cut.to);
+        let segment = match self.segments.get(&number) {
+            Some(work) if matches!(work.state, State::Open) => work.segment.clone(),
+            Some(_) => return,
+            None if self.is_past(number) => return,
+            // The whole segment so far fits in the cut's own frame.
+            None => Segment::new(self.options.segment_size.start_of(number)),
+        };
+        let stored = self.tails.get(&number).map_or(&[][..], Vec::as_slice);
+        let Some(plan) = plan_tail(stored, segment.start, cut.to, cut.is_final) else { return };
+        let first_of_segment = stored.is_empty();
+        let (writer, workers, name) = (self.writer.clone(), self.workers.clone(), self.name_of(number));
+        self.running.tail = true;
+        self.jobs.push(Box::pin(async move {
+            let absorbed = plan.absorbed.clone();
+            match push::push_tail(&writer, name, segment, plan, cut, &workers, first_of_segment).await {
+                Ok(tail) => Ok(Done::Tail { number, tail, absorbed }),
+                // The segment was sealed and its upload completed under our hands.
+                Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::NotFound) => Ok(Done::TailSuperseded),
+                Err(error) => Err(error),
+            }
+        }));
+    }
+
+    /// Whether this segment was sealed, stored and let go.
+    fn is_past(&self, number: SegmentNumber) -> bool {
+        number < self.next_to_index || self.entries.contains_key(&number)
+    }
+
+    fn start_compaction(&mut self) {
+        if self.running.compaction {
+            return;
+        }
+        let Some((name, entries)) = self.groups.plan_merge(self.writer.epoch) else { return };
+        let (writer, size) = (self.writer.clone(), self.options.segment_size);
+        self.running.compaction = true;
+        self.jobs.push(Box::pin(async move {
+            index::put_index(&writer, name, size, &entries).await?;
+            Ok(Done::Compacted { merged: name, entries })
+        }));
+    }
+
+    /// Deletes what newer objects made superfluous. One attempt: what stays is `expire`'s to delete.
+    fn start_cleaning(&mut self) {
+        if self.running.cleaning || self.superfluous.is_empty() {
+            return;
+        }
+        let keys = std::mem::take(&mut self.superfluous);
+        let writer = self.writer.clone();
+        self.running.cleaning = true;
+        self.jobs.push(Box::pin(async move {
+            for key in keys {
+                if let Err(error) = writer.archive.backend.delete(&key).await {
+                    tracing::debug!(%error, "a superfluous object stays");
+                }
+            }
+            Ok(Done::Cleaned)
+        }));
+    }
+}

@@ -1,0 +1,159 @@
+//! The life of one sealed segment, top to bottom: store it under its name, or find that it is there already;
+//! say what is there; keep both contents when they differ. And of one tail.
+//!
+//! Owns: how an object gets its name. Does not own: the order of segments, the index (`mod.rs`).
+//! Rests on `proto-notes/07-repository-format.md` and `08-durability.md`.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::encode::HeldFrame;
+use super::segment::{Segment, SharedUpload, upload_gone};
+use super::workers::Workers;
+use super::writer::{ArchiveError, Writer};
+use crate::catalog::index::{Crc32, IndexEntry};
+use crate::catalog::store::StoredObject;
+use crate::receiver::{Cut, Sealed};
+use crate::repository::StoreErrorKind;
+use crate::repository::layout::TailName;
+use crate::wal::{Lsn, SegmentName, SegmentSize};
+
+use super::tail::TailPlan;
+
+/// Stores a whole, proven segment and returns its index entry, which describes the object that is there.
+pub async fn push_segment(
+    writer: &Writer,
+    name: SegmentName,
+    size: SegmentSize,
+    segment: Segment,
+    sealed: &Sealed,
+) -> Result<IndexEntry, ArchiveError> {
+    writer.confirm_epoch(false).await?;
+    let raw_crc32 = segment.raw_crc32();
+    let stored = match store_segment(writer, name, &segment).await {
+        Ok(()) => StoredObject { stored_bytes: segment.stored_bytes(), stored_crc32: segment.stored_crc32(), raw_crc32 },
+        // Our own success whose answer was lost, an earlier run's, or a stranger's: the content decides.
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
+            compare_with_stored(writer, name, size, &segment, raw_crc32).await?
+        }
+        Err(error) => return Err(error),
+    };
+    Ok(IndexEntry {
+        segment: name,
+        start_lsn: size.start_of(sealed.number),
+        end_lsn: size.end_of(sealed.number),
+        raw_bytes: size.bytes(),
+        raw_crc32: Crc32(raw_crc32),
+        stored_bytes: stored.stored_bytes,
+        stored_crc32: Crc32(stored.stored_crc32),
+        summary: sealed.summary.clone(),
+    })
+}
+
+async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) -> Result<(), ArchiveError> {
+    let key = writer.archive.lineage.segment(name);
+    let held = segment.held_frames();
+    let Some(upload) = &segment.upload else {
+        let body: Vec<Bytes> = held.iter().map(|held| held.frame.bytes.clone()).collect();
+        return writer.retry(|| writer.archive.backend.put_new(&key, &body)).await;
+    };
+    // A name that is taken is better known before the upload is spent on it: a conflict is kept from it.
+    if writer.retry(|| writer.archive.backend.stat(&key)).await?.is_some() {
+        return Err(ArchiveError::Store(already_exists(&key.to_string())));
+    }
+    append_to_upload(upload, &held, segment.start).await?;
+    let complete = upload.lock().await.take().ok_or_else(|| upload_gone(segment.start))?;
+    Ok(complete.complete().await?)
+}
+
+/// Appends frames to an upload, in order. An error leaves the upload unusable: the session starts anew.
+pub async fn append_to_upload(
+    upload: &SharedUpload,
+    frames: &[Arc<HeldFrame>],
+    start: Lsn,
+) -> Result<(), ArchiveError> {
+    let mut upload = upload.lock().await;
+    let open = upload.as_mut().ok_or_else(|| upload_gone(start))?;
+    for held in frames {
+        open.append(held.frame.bytes.clone()).await?;
+    }
+    Ok(())
+}
+
+/// Equal raw content is success; a difference is kept under a conflict name, written to the ledger, and stops
+/// this writer.
+async fn compare_with_stored(
+    writer: &Writer,
+    name: SegmentName,
+    size: SegmentSize,
+    segment: &Segment,
+    raw_crc32: u32,
+) -> Result<StoredObject, ArchiveError> {
+    writer.confirm_epoch(true).await?;
+    let stored = match writer.retry(|| writer.archive.inspect_segment(name, size.bytes())).await {
+        Ok(stored) if stored.raw_crc32 == raw_crc32 => return Ok(stored),
+        Ok(stored) => stored.raw_crc32,
+        // Damaged or foreign: not ours to replace; its own CRC is unknown.
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::Corrupt) => {
+            tracing::error!(%error, "the object under this segment's name is damaged");
+            0
+        }
+        Err(error) => return Err(error),
+    };
+    keep_conflict(writer, name, segment, raw_crc32).await?;
+    Err(ArchiveError::Conflict { name, stored, ours: raw_crc32 })
+}
+
+async fn keep_conflict(
+    writer: &Writer,
+    name: SegmentName,
+    segment: &Segment,
+    raw_crc32: u32,
+) -> Result<(), ArchiveError> {
+    let key = writer.archive.lineage.conflict(name, raw_crc32);
+    let mut body = Vec::with_capacity(segment.slots.len());
+    for slot in &segment.slots {
+        body.push(segment.encoded(slot).await?);
+    }
+    match writer.retry(|| writer.archive.backend.put_new(&key, &body)).await {
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
+        other => other,
+    }
+}
+
+/// Stores the tail of `plan` and returns its name.
+pub async fn push_tail(
+    writer: &Writer,
+    name: SegmentName,
+    segment: Segment,
+    plan: TailPlan,
+    cut: Arc<Cut>,
+    workers: &Workers,
+    first_of_segment: bool,
+) -> Result<TailName, ArchiveError> {
+    writer.confirm_epoch(first_of_segment).await?;
+    let parts = segment.parts(plan.from, plan.to, &cut, workers).await?;
+    let tail = TailName {
+        epoch: writer.epoch,
+        from: plan.from,
+        to: plan.to,
+        raw_crc32: parts.raw_crc32,
+        last_commit: cut.last_commit,
+    };
+    let key = writer.archive.lineage.tail(name, &tail);
+    match writer.retry(|| writer.archive.backend.put_new(&key, &parts.body)).await {
+        // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(tail),
+        other => other.map(|()| tail),
+    }
+}
+
+fn already_exists(location: &str) -> crate::repository::StoreError {
+    crate::repository::StoreError {
+        kind: StoreErrorKind::AlreadyExists,
+        operation: "store",
+        location: location.to_string(),
+        cause: "the name is taken".into(),
+    }
+}

@@ -1,0 +1,98 @@
+//! Owns: which bytes the next tail holds and which tails it makes superfluous.
+//! Does not own: building or storing it. Pure.
+
+use crate::repository::layout::TailName;
+use crate::wal::Lsn;
+
+/// A tail to be written: `[from, to)`, after which `absorbed` are deleted (new object first).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TailPlan {
+    pub from: Lsn,
+    pub to: Lsn,
+    pub absorbed: Vec<TailName>,
+}
+
+/// Plans the tail for a cut at `to`. `stored` are the segment's tails, contiguous from `segment_start`.
+///
+/// A tail absorbs the ones before it that are not longer than itself, like the carries of a binary counter:
+/// a segment has at most about 20 tails, and a byte is written again at most about as many times. Costs no
+/// request of its own: merging happens in the tail that is due anyway. A final tail absorbs everything.
+///
+/// `None` when the stored tails already reach `to` (and, for a final one, are one).
+pub fn plan_tail(stored: &[TailName], segment_start: Lsn, to: Lsn, is_final: bool) -> Option<TailPlan> {
+    let end = stored.iter().map(|tail| tail.to).max().unwrap_or(segment_start);
+    let to = to.max(end);
+    if to == segment_start || (to == end && (!is_final || stored.len() <= 1)) {
+        return None;
+    }
+    let mut by_start: Vec<TailName> = stored.to_vec();
+    by_start.sort_by_key(|tail| (tail.from, tail.to));
+    let mut plan = TailPlan { from: end, to, absorbed: Vec::new() };
+    while let Some(last) = by_start.pop() {
+        let covered = last.from >= plan.from;
+        if !is_final && !covered && plan.from - last.from > plan.to - plan.from {
+            break;
+        }
+        plan.from = plan.from.min(last.from);
+        plan.absorbed.push(last);
+    }
+    Some(plan)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::layout::Epoch;
+    use proptest::prelude::*;
+
+    fn tail(from: u64, to: u64) -> TailName {
+        TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32: 0, last_commit: None }
+    }
+
+    #[test]
+    fn the_first_tail_starts_with_the_segment() {
+        let plan = plan_tail(&[], Lsn(100), Lsn(130), false).unwrap();
+        assert_eq!(plan, TailPlan { from: Lsn(100), to: Lsn(130), absorbed: vec![] });
+    }
+
+    #[test]
+    fn a_longer_tail_is_left_alone_and_shorter_ones_are_absorbed() {
+        let stored = [tail(0, 100), tail(100, 110), tail(110, 120)];
+        let plan = plan_tail(&stored, Lsn(0), Lsn(140), false).unwrap();
+        assert_eq!((plan.from, plan.to), (Lsn(100), Lsn(140)));
+        assert_eq!(plan.absorbed, [stored[2], stored[1]]);
+    }
+
+    #[test]
+    fn nothing_new_means_no_tail_but_a_final_one_merges() {
+        let stored = [tail(0, 100), tail(100, 110)];
+        assert_eq!(plan_tail(&stored, Lsn(0), Lsn(110), false), None);
+        let plan = plan_tail(&stored, Lsn(0), Lsn(110), true).unwrap();
+        assert_eq!((plan.from, plan.to, plan.absorbed.len()), (Lsn(0), Lsn(110), 2));
+        assert_eq!(plan_tail(&stored[..1], Lsn(0), Lsn(100), true), None);
+        assert_eq!(plan_tail(&[], Lsn(0), Lsn(0), true), None);
+    }
+
+    proptest! {
+        #[test]
+        fn tails_stay_few_contiguous_and_cheap(steps in prop::collection::vec(1u64..300_000, 1..800)) {
+            let mut stored: Vec<TailName> = Vec::new();
+            let (mut end, mut written) = (0, 0u64);
+            for step in steps {
+                end += step;
+                let plan = plan_tail(&stored, Lsn(0), Lsn(end), false).unwrap();
+                stored.retain(|held| !plan.absorbed.contains(held));
+                stored.push(tail(plan.from.0, plan.to.0));
+                written += plan.to - plan.from;
+                let mut next = 0;
+                for held in &stored {
+                    prop_assert_eq!(held.from, Lsn(next));
+                    next = held.to.0;
+                }
+                prop_assert_eq!(next, end);
+                prop_assert!(stored.len() <= 64 - end.leading_zeros() as usize + 1, "{} tails", stored.len());
+            }
+            prop_assert!(written <= end * 24, "{written} bytes written for {end}");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Owns: fenced, retried access to one lineage in one repository.
+//! Does not own: what is written and in which order (`push.rs`, `mod.rs`).
+
+use std::future::Future;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use backon::{BackoffBuilder, ExponentialBuilder};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::catalog::store::Archive;
+use crate::error::{Advice, Disposition, ExitCode};
+use crate::repository::layout::Epoch;
+use crate::repository::{StoreError, StoreErrorKind};
+use crate::wal::SegmentName;
+
+/// Why an archiver ended before its input did.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ArchiveError {
+    #[error("stopped before everything was stored")]
+    Stopped,
+    #[error("writer {ours} is fenced: writer {highest} has taken over this archive")]
+    Fenced { ours: Epoch, highest: Epoch },
+    #[error("{name} is already in the archive with other content: raw CRC-32 {stored:08x} stored, {ours:08x} received")]
+    Conflict { name: SegmentName, stored: u32, ours: u32 },
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl Advice for ArchiveError {
+    fn hint(&self) -> Option<String> {
+        match self {
+            ArchiveError::Stopped => None,
+            ArchiveError::Fenced { .. } => Some("another agent writes to this archive; this one waits and takes over when it ends".into()),
+            ArchiveError::Conflict { .. } => Some("do two servers archive to one place, or was one of them cloned? Both contents are kept; to go on with this server, use `seawall init --new-lineage`".into()),
+            ArchiveError::Store(error) => error.hint(),
+        }
+    }
+
+    fn disposition(&self) -> Disposition {
+        match self {
+            ArchiveError::Stopped | ArchiveError::Fenced { .. } => Disposition::Reconnect,
+            ArchiveError::Conflict { .. } => Disposition::Stop,
+            ArchiveError::Store(error) => error.disposition(),
+        }
+    }
+
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            ArchiveError::Stopped => ExitCode::Unavailable,
+            ArchiveError::Fenced { .. } => ExitCode::TryAgain,
+            ArchiveError::Conflict { .. } => ExitCode::Data,
+            ArchiveError::Store(error) => error.exit_code(),
+        }
+    }
+}
+
+/// How the store is doing, for `status` and the log: the last failure while it lasts.
+#[derive(Clone, Debug, Default)]
+pub struct StoreHealth(Arc<Mutex<Option<StoreError>>>);
+
+impl StoreHealth {
+    pub fn failure(&self) -> Option<StoreError> {
+        self.0.lock().expect("no holder panics").clone()
+    }
+
+    /// Says it once when it begins, or when its kind changes.
+    fn handle_failure(&self, error: &StoreError) {
+        let mut failure = self.0.lock().expect("no holder panics");
+        if failure.as_ref().map(|before| before.kind) != Some(error.kind) {
+            tracing::warn!(%error, hint = error.hint(), "the repository does not take WAL; trying again");
+        }
+        *failure = Some(error.clone());
+    }
+
+    fn handle_success(&self) {
+        if self.0.lock().expect("no holder panics").take().is_some() {
+            tracing::info!("the repository takes WAL again");
+        }
+    }
+}
+
+/// The writer of one epoch. Clones share the fence and the health.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    pub archive: Archive,
+    pub epoch: Epoch,
+    health: StoreHealth,
+    stop: CancellationToken,
+    checked: Arc<tokio::sync::Mutex<Option<Instant>>>,
+}
+
+impl Writer {
+    /// A writer looks for a higher epoch at least this often while it writes.
+    const FENCE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
+    /// No single call to a store may hang longer, whatever the store promises.
+    const CALL_DEADLINE: Duration = Duration::from_secs(120);
+
+    pub fn new(archive: Archive, epoch: Epoch, health: StoreHealth, stop: CancellationToken) -> Writer {
+        Writer { archive, epoch, health, stop, checked: Arc::default() }
+    }
+
+    /// Fails when a higher epoch was taken. Looks at the store when asked to or when the last look is old.
+    pub async fn confirm_epoch(&self, now: bool) -> Result<(), ArchiveError> {
+        let mut checked = self.checked.lock().await;
+        let recent = checked.is_some_and(|at| at.elapsed() < Self::FENCE_CHECK_INTERVAL);
+        if recent && !now {
+            return Ok(());
+        }
+        let highest = self.retry(|| self.archive.highest_epoch()).await?;
+        if let Some(highest) = highest.filter(|&highest| highest > self.epoch) {
+            return Err(ArchiveError::Fenced { ours: self.epoch, highest });
+        }
+        *checked = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Repeats `call` until it succeeds, fails for good, or the writer is stopped.
+    ///
+    /// `AlreadyExists`, `NotFound`, `Corrupt` and `Unsupported` are answers, not outages: they come back at once.
+    pub async fn retry<T, F>(&self, call: impl Fn() -> F) -> Result<T, ArchiveError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        let delays = ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(250))
+            .with_max_delay(Duration::from_secs(15))
+            .without_max_times();
+        let mut delays = delays.build();
+        loop {
+            let error = match tokio::time::timeout(Self::CALL_DEADLINE, call()).await {
+                Ok(Ok(value)) => {
+                    self.health.handle_success();
+                    return Ok(value);
+                }
+                Ok(Err(error)) if is_answer(&error) => return Err(error.into()),
+                Ok(Err(error)) => error,
+                Err(_) => StoreError {
+                    kind: StoreErrorKind::Unavailable,
+                    operation: "use",
+                    location: self.archive.backend.describe(),
+                    cause: format!("no answer within {:?}", Self::CALL_DEADLINE),
+                },
+            };
+            self.health.handle_failure(&error);
+            let delay = delays.next().expect("the delays never end");
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+    }
+}
+
+fn is_answer(error: &StoreError) -> bool {
+    use StoreErrorKind::*;
+    matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported)
+}
