@@ -4,7 +4,10 @@
 //! Does not own: where the bytes come from, where they go, what is acknowledged.
 //! Pure: no IO, clock, randomness or async. Rests on `proto-notes/05-wal-format.md` and `06-timelines.md`.
 
+mod carry;
+mod fault;
 mod lsn;
+mod open_segments;
 mod page;
 mod record;
 pub mod scanner;
@@ -14,7 +17,7 @@ mod timeline;
 
 pub use lsn::{Lsn, ParseLsnError};
 pub use page::{PAGE_BYTES, PageMagic};
-pub use scanner::{Carry, Proof, ScanError, ScanOptions, Scanner};
+pub use scanner::{Carry, FaultClass, PendingRecord, Proof, ScanError, ScanFault, ScanOptions, Scanner};
 pub use segment::{InvalidSegmentSize, ParseSegmentNameError, SegmentName, SegmentNumber, SegmentSize};
 pub use summary::{Commit, RelationChange, RestorePoint, SegmentSummary};
 pub use timeline::{History, HistoryEntry, HistoryError, SystemId, TimelineId};
