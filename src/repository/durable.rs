@@ -1,1 +1,279 @@
+//! Owns: how a file gets its name so that it survives a crash. The only file of the crate that syncs or renames.
+//! Does not own: object names, error kinds, where the files lie (`local.rs`, the spool, `wal-get`).
+//! Rests on `proto-notes/08-durability.md`. Everything here blocks: call it off the network task.
+//!
+//! ```text
+//! step                          after kill -9          after power loss
+//! 1 temp file created, written  debris, never listed   debris or nothing
+//! 2 fsync(file)                 debris, never listed   debris: whole, or nothing
+//! 3 rename(NOREPLACE)           the object, whole      the object, whole, or nothing
+//! 4 fsync(directory)            the object             the object: only now is the caller told
+//! ```
+//!
+//! * No name ever shows part of a file: it appears in step 3, after the bytes are on the disk.
+//! * A name that is taken stays as it is. "Already exists" is answered only after the directory is synced, so
+//!   that it, too, speaks of something durable: the process that made the name may have died before step 4.
+//! * A file whose fsync failed is discarded, never synced again: the kernel may have dropped the dirty pages and
+//!   would answer the second fsync with success. A failed fsync of the *directory* leaves the name: its content is
+//!   whole, and another writer may already rely on it. It is not success; the retry meets "already exists" and
+//!   syncs again, and journaling file systems keep failing until a remount shows what is really there.
+//! * New directories are synced into their parents, up to the root, before anything is put into them.
+//! * fsync, not fdatasync: a new inode has to be written in either case, so fdatasync would save nothing
+//!   (it would flush size and extents too), while fsync covers owner and mode as well.
+//!
+//! Assumed of the disk: a completed flush is durable; a rename inside one directory is atomic.
 
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, IoSlice, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use bytes::Bytes;
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::io::Errno;
+
+/// Files that have no name of their own yet. Never listed as objects; removed when left over.
+pub const TEMP_PREFIX: &str = ".seawall-tmp-";
+
+/// Private: WAL holds every row of the database.
+const FILE_MODE: Mode = Mode::from_raw_mode(0o600);
+const DIRECTORY_MODE: Mode = Mode::from_raw_mode(0o700);
+
+/// An open directory. Work goes through the handle, not the path, so that a volume mounted or unmounted in the
+/// middle of an operation cannot redirect its second half.
+#[derive(Debug)]
+pub struct Directory(OwnedFd);
+
+impl Directory {
+    pub fn open(path: &Path) -> io::Result<Directory> {
+        Ok(Directory(rustix::fs::open(path, Self::flags(), Mode::empty())?))
+    }
+
+    pub fn open_below(&self, relative: impl AsRef<Path>) -> io::Result<Directory> {
+        Ok(Directory(rustix::fs::openat(&self.0, relative.as_ref(), Self::flags(), Mode::empty())?))
+    }
+
+    fn flags() -> OFlags {
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC
+    }
+
+    /// Opens `relative`, creating what is missing, and makes every step of the path durable. Existing steps are
+    /// synced too: whoever created them may have died before it did.
+    pub fn create_below(&self, relative: impl AsRef<Path>) -> io::Result<Directory> {
+        let mut current = self.open_below(".")?;
+        for part in relative.as_ref().components() {
+            let below = match current.open_below(part) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => current.create_child(part.as_os_str())?,
+                opened => opened?,
+            };
+            current.sync()?;
+            current = below;
+        }
+        Ok(current)
+    }
+
+    fn create_child(&self, name: &OsStr) -> io::Result<Directory> {
+        match rustix::fs::mkdirat(&self.0, name, DIRECTORY_MODE) {
+            Ok(()) | Err(Errno::EXIST) => self.open_below(name),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Makes the names in this directory durable: those added, those renamed, those removed.
+    pub fn sync(&self) -> io::Result<()> {
+        retry_interrupted(|| rustix::fs::fsync(&self.0))
+    }
+
+    /// Device and inode: what tells a volume from the empty directory it was mounted on.
+    pub fn identity(&self) -> io::Result<(u64, u64)> {
+        let stat = rustix::fs::fstat(&self.0)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
+    pub fn stat(&self, relative: impl AsRef<Path>) -> io::Result<rustix::fs::Stat> {
+        Ok(rustix::fs::statat(&self.0, relative.as_ref(), AtFlags::empty())?)
+    }
+
+    /// As `stat`, for what the name itself is: a symbolic link is not followed.
+    pub fn stat_link(&self, relative: impl AsRef<Path>) -> io::Result<rustix::fs::Stat> {
+        Ok(rustix::fs::statat(&self.0, relative.as_ref(), AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// For reading. Neither a symbolic link nor a FIFO put in an object's place leads anywhere or blocks.
+    pub fn open_file(&self, relative: impl AsRef<Path>) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.0, relative.as_ref(), flags, Mode::empty())?.into())
+    }
+
+    pub fn read(&self) -> io::Result<rustix::fs::Dir> {
+        Ok(rustix::fs::Dir::read_from(&self.0)?)
+    }
+
+    /// Removes a file durably: what was deleted first must not come back alone after a power loss.
+    pub fn remove_file(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::empty())?;
+        self.sync()
+    }
+
+    /// Removes a subdirectory if it is empty. Not synced: an empty directory that returns does no harm.
+    pub fn remove_empty_directory(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::REMOVEDIR)?)
+    }
+}
+
+/// Creates a directory and its missing parents, durably. For a repository's root at `init`, nowhere else.
+pub fn create_directory(path: &Path) -> io::Result<Directory> {
+    let path = std::path::absolute(path)?;
+    let below = path.strip_prefix("/").expect("an absolute path starts at the root");
+    // Only the missing part: the directories above may not even be readable for us.
+    let existing = below.ancestors().find(|parent| Path::new("/").join(parent).is_dir()).unwrap_or(Path::new(""));
+    let from = existing.parent().filter(|parent| Directory::open(&Path::new("/").join(parent)).is_ok());
+    let from = from.unwrap_or(existing);
+    let missing = below.strip_prefix(from).expect("an ancestor is a prefix");
+    Directory::open(&Path::new("/").join(from))?.create_below(missing)
+}
+
+/// A file being written, with a temporary name in the directory of its final one. Dropping it removes it.
+#[derive(Debug)]
+pub struct TempFile {
+    directory: Directory,
+    name: String,
+    file: File,
+    renamed: bool,
+}
+
+impl TempFile {
+    pub fn create(directory: Directory) -> io::Result<TempFile> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let name = format!("{TEMP_PREFIX}{:016x}", fastrand::u64(..));
+        let file: File = rustix::fs::openat(&directory.0, &name, flags, FILE_MODE)?.into();
+        // Held until the file is closed: tells the cleaner of debris that somebody is still writing, whatever the
+        // clock says. Where locks are not offered the age alone decides.
+        let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+        Ok(TempFile { directory, name, file, renamed: false })
+    }
+
+    pub fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Appends all parts, in as few calls as the system allows.
+    pub fn write(&mut self, parts: &[Bytes]) -> io::Result<()> {
+        write_all_vectored(&mut self.file, parts)
+    }
+
+    /// Steps 2 to 4 of the module's table. `AlreadyExists` when the name is taken.
+    pub fn persist_new(mut self, name: &str) -> io::Result<()> {
+        retry_interrupted(|| rustix::fs::fsync(&self.file))?;
+        match self.rename_to_free_name(name) {
+            Ok(()) => {
+                self.renamed = true;
+                self.directory.sync()
+            }
+            Err(Errno::EXIST) => {
+                self.directory.sync()?;
+                Err(Errno::EXIST.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn rename_to_free_name(&self, name: &str) -> Result<(), Errno> {
+        let directory = &self.directory.0;
+        match rustix::fs::renameat_with(directory, &self.name, directory, name, RenameFlags::NOREPLACE) {
+            // Old kernels, and file systems that know no flags (NFS among them).
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => self.link_to_free_name(name),
+            result => result,
+        }
+    }
+
+    /// As atomic as the rename; a crash in between leaves the temporary name as a second link.
+    fn link_to_free_name(&self, name: &str) -> Result<(), Errno> {
+        let directory = &self.directory.0;
+        match rustix::fs::linkat(directory, &self.name, directory, name, AtFlags::empty()) {
+            // How a file system without hard links answers: nothing is left that would not overwrite.
+            Err(Errno::PERM) => Err(Errno::OPNOTSUPP),
+            Err(error) => Err(error),
+            Ok(()) => {
+                let _ = rustix::fs::unlinkat(directory, &self.name, AtFlags::empty());
+                Ok(())
+            }
+        }
+    }
+
+    fn rename_over(mut self, name: &OsStr) -> io::Result<Directory> {
+        rustix::fs::renameat(&self.directory.0, &self.name, &self.directory.0, name)?;
+        self.renamed = true;
+        self.directory.open_below(".")
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        if !self.renamed {
+            // Nobody to tell, and nothing depends on it: what stays is debris under a name that is never listed.
+            let _ = rustix::fs::unlinkat(&self.directory.0, &self.name, AtFlags::empty());
+        }
+    }
+}
+
+/// Removes a temporary file nobody is writing any more; `false` when somebody is.
+pub fn remove_debris(directory: &Directory, name: &str) -> io::Result<bool> {
+    let file = directory.open_file(name)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        _ => rustix::fs::unlinkat(&directory.0, name, AtFlags::empty()).map(|()| true).map_err(io::Error::from),
+    }
+}
+
+/// What [`write_file_into_place`] promises after a power loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survives {
+    /// Whole or absent after a kill; after a power loss, nothing is promised. For files that can be had again.
+    Kill,
+    /// File and name are on the disk when the call returns.
+    PowerLoss,
+}
+
+/// Writes a file **outside any repository** and gives it its name, replacing what had it. Nobody sees a part of
+/// it. The objects of a repository are never replaced: they go through [`TempFile::persist_new`].
+pub fn write_file_into_place(
+    destination: &Path,
+    survives: Survives,
+    write: impl FnOnce(&mut File) -> io::Result<()>,
+) -> io::Result<()> {
+    let name = destination.file_name().ok_or_else(|| io::Error::from(Errno::INVAL))?;
+    let parent = destination.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut temp = TempFile::create(Directory::open(parent)?)?;
+    write(temp.file())?;
+    if survives == Survives::PowerLoss {
+        retry_interrupted(|| rustix::fs::fsync(&temp.file))?;
+        return temp.rename_over(name)?.sync();
+    }
+    temp.rename_over(name).map(drop)
+}
+
+fn write_all_vectored(file: &mut File, parts: &[Bytes]) -> io::Result<()> {
+    let mut slices: Vec<IoSlice<'_>> = parts.iter().filter(|part| !part.is_empty()).map(|p| IoSlice::new(p)).collect();
+    let mut rest = slices.as_mut_slice();
+    while !rest.is_empty() {
+        match file.write_vectored(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut rest, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// `EINTR` says nothing was decided; it is not one of the failures after which a file is lost.
+fn retry_interrupted(mut call: impl FnMut() -> Result<(), Errno>) -> io::Result<()> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            result => return result.map_err(io::Error::from),
+        }
+    }
+}

@@ -5,7 +5,7 @@
 //! Rests on `proto-notes/07-repository-format.md` and `08-durability.md`.
 
 mod backend;
-mod durable;
+pub mod durable;
 pub mod layout;
 mod local;
 
