@@ -220,7 +220,7 @@ fn lines_with(code: &str, word: &str) -> Vec<usize> {
     let stands_alone = |(at, found): &(usize, &str)| {
         let before = code[..*at].chars().next_back();
         let after = code[at + found.len()..].chars().next();
-        !before.is_some_and(is_word) && !(word.ends_with(is_word) && after.is_some_and(is_word))
+        !(before.is_some_and(is_word) || word.ends_with(is_word) && after.is_some_and(is_word))
     };
     let line_of = |(at, _): (usize, &str)| code[..at].matches('\n').count() + 1;
     let lines: BTreeSet<usize> = code.match_indices(word).filter(stands_alone).map(line_of).collect();

@@ -147,7 +147,7 @@ impl Builder {
 
     /// Starts from a copy of a backup (or a restored directory) instead of a new cluster.
     /// Its postgresql.auto.conf and signal files stay; postgresql.conf and pg_hba.conf become ours.
-    pub fn from_backup(mut self, data: &Path) -> Builder {
+    pub fn on_copy_of(mut self, data: &Path) -> Builder {
         self.origin = Some(data.to_owned());
         self
     }
@@ -263,7 +263,7 @@ impl Server {
     /// A server that recovers a copy of a data directory by a `restore_command`; see [`Builder::start_recovered`].
     pub fn copy_recovering(major: u32, data: &Path, restore_command: &str) -> Builder {
         Server::builder(major)
-            .from_backup(data)
+            .on_copy_of(data)
             .signal_file("recovery.signal")
             .setting("restore_command", restore_command)
     }
