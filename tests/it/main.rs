@@ -1,1 +1,5 @@
-fn main() {}
+//! The integration tests: one binary, so that they link once and share one support module.
+
+mod servers_start;
+mod support;
+mod tidy;

@@ -1,0 +1,27 @@
+# What a fresh machine needs beside this: a Rust toolchain and a C compiler. The PostgreSQL servers install themselves.
+
+CARGO ?= cargo
+
+.PHONY: help demo test bench compare servers
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+demo: servers ## a scratch server: stream, back up, have an accident, restore to just before it
+	$(CARGO) build --locked --release
+	target/release/seawall demo
+
+test: servers ## format, lints, and all tests on every PostgreSQL installed here
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) test --locked
+
+bench: ## micro-benchmarks: scan, encode, receive path
+	$(CARGO) bench --locked
+
+compare: servers ## side by side with pg_receivewal and zstd on a real server (SIZE_GIB, PAIRS, CORPORA)
+	$(CARGO) build --locked --release
+	benches/compare
+
+servers: ## PostgreSQL 13 to 18 for the tests, into target/servers
+	tests/servers/install
