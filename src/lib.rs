@@ -1,6 +1,7 @@
 //! Seawall: a PostgreSQL WAL-streaming archiver. (The map is completed with the modules.)
 
 pub mod catalog;
+pub mod codec;
 pub mod config;
 pub mod continuity;
 pub mod error;

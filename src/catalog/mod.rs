@@ -1,2 +1,19 @@
-//! skeleton
+//! The catalog: what a lineage holds, read from its objects (proto-notes/07-repository-format.md).
+//!
+//! Owns: the JSON formats (`index`, `ledger`, `lineage`), what a directory listing says (`contents`), which tails
+//! count (`tails`), and reading all of it from a store (`store`).
+//! Does not own: names (`repository::layout`), when objects are written (`archiver`), intervals and gaps (`continuity`).
+
+pub mod contents;
 pub mod index;
+pub mod ledger;
+pub mod lineage;
+pub mod store;
+pub mod tails;
+
+pub use contents::{Catalog, DirectoryContents, Piece, Source, TailObject, TimelineState};
+pub use index::{Crc32, IndexEntry, IndexFile};
+pub use ledger::{Expired, FactKind, LedgerFact, SegmentRange};
+pub use lineage::{LineageFile, RepositoryFile, WriterFile};
+pub use store::{Archive, CatalogError};
+pub use tails::{TailChain, TailLink};

@@ -3,8 +3,7 @@
 //! Owns: frame size, level, checksums of frames; bounded decoding of bytes from a store.
 //! Does not own: threads (`archiver/workers.rs`), names, storage. Pure.
 
-mod decode;
+pub mod decode;
 mod encode;
 
-pub use decode::*;
 pub use encode::{Crc32Parts, EncodedFrame, Encoder, FRAME_BYTES, LEVEL_DEFAULT};

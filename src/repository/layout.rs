@@ -107,6 +107,11 @@ impl Lineage {
         self.key(format_args!("wal/{}/{name}.conflict-{raw_crc32:08x}.zst", WalDirectory::of(name)))
     }
 
+    /// Good content for a name whose object is damaged; readers prefer it.
+    pub fn repair(&self, name: SegmentName, raw_crc32: u32) -> Key {
+        self.key(format_args!("wal/{}/{name}.repair-{raw_crc32:08x}.zst", WalDirectory::of(name)))
+    }
+
     pub fn index(&self, index: IndexName) -> Key {
         self.key(format_args!("wal/{}/{index}.index.json", WalDirectory::of(index.first)))
     }
@@ -126,6 +131,12 @@ impl Lineage {
         let plain = name.ends_with(".json") && !name.contains('/');
         plain.then(|| self.key(format_args!("ledger/{name}")))
     }
+}
+
+/// The kind in `<time>-<kind>-<random>.json`: readers fetch only the facts they need.
+pub fn ledger_kind(name: &str) -> Option<&str> {
+    let (_time, rest) = name.strip_suffix(".json")?.split_once('-')?;
+    Some(rest.rsplit_once('-')?.0)
 }
 
 /// A directory of segments: timeline and high word of the LSN, sixteen upper-case hexadecimal digits.
