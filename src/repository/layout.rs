@@ -52,7 +52,8 @@ impl Lineage {
             None => (directory, 1),
             Some((id, n)) => (id, decimal(n).and_then(|n| u32::try_from(n).ok()).filter(|&n| n >= 2)?),
         };
-        Some(Lineage::new(cluster, SystemId(decimal(id)?), ordinal))
+        let lineage = Lineage::new(cluster, SystemId(decimal(id)?), ordinal);
+        (lineage.directory_name() == directory).then_some(lineage)
     }
 
     /// `<system id>[-<n>]`
@@ -91,12 +92,16 @@ impl Lineage {
         self.key(format_args!("wal/{directory}"))
     }
 
+    fn wal_object(&self, directory: WalDirectory, object: WalObject) -> Key {
+        self.key(format_args!("wal/{directory}/{object}"))
+    }
+
     pub fn segment(&self, name: SegmentName) -> Key {
-        self.key(format_args!("wal/{}/{name}.zst", WalDirectory::of(name)))
+        self.wal_object(WalDirectory::of(name), WalObject::Segment(name))
     }
 
     pub fn tail_directory(&self, name: SegmentName) -> Key {
-        self.key(format_args!("wal/{}/{name}.tail", WalDirectory::of(name)))
+        self.wal_object(WalDirectory::of(name), WalObject::Tails(name))
     }
 
     pub fn tail(&self, name: SegmentName, tail: &TailName) -> Key {
@@ -104,7 +109,7 @@ impl Lineage {
     }
 
     pub fn conflict(&self, name: SegmentName, raw_crc32: u32) -> Key {
-        self.key(format_args!("wal/{}/{name}.conflict-{raw_crc32:08x}.zst", WalDirectory::of(name)))
+        self.wal_object(WalDirectory::of(name), WalObject::Conflict(name, raw_crc32))
     }
 
     /// Good content for a name whose object is damaged; readers prefer it.
@@ -113,7 +118,7 @@ impl Lineage {
     }
 
     pub fn index(&self, index: IndexName) -> Key {
-        self.key(format_args!("wal/{}/{index}.index.json", WalDirectory::of(index.first)))
+        self.wal_object(WalDirectory::of(index.first), WalObject::Index(index))
     }
 
     pub fn ledger(&self) -> Key {
@@ -128,7 +133,7 @@ impl Lineage {
 
     /// Any other object directly below the ledger, as listed.
     pub fn ledger_object(&self, name: &str) -> Option<Key> {
-        let plain = name.ends_with(".json") && !name.contains('/');
+        let plain = name.ends_with(".json") && !name.contains(['/', '\0']);
         plain.then(|| self.key(format_args!("ledger/{name}")))
     }
 }
@@ -173,7 +178,9 @@ pub fn parse_history(name: &str) -> Option<TimelineId> {
 
 /// Reads `<epoch>.json` below `writers/`.
 pub fn parse_writer(name: &str) -> Option<Epoch> {
-    decimal(name.strip_suffix(".json")?).and_then(|n| u32::try_from(n).ok()).map(Epoch)
+    let digits = name.strip_suffix(".json")?;
+    let epoch = decimal(digits).and_then(|n| u32::try_from(n).ok()).map(Epoch)?;
+    canonical(epoch, digits)
 }
 
 /// `<epoch>-<from>-<to>-<crc32>-<last commit µs>`: the proven raw bytes [from, to) of an unfinished segment.
@@ -191,7 +198,8 @@ pub struct TailName {
 impl TailName {
     /// Reads an object name below a `.tail` directory.
     pub fn parse(name: &str) -> Option<TailName> {
-        let mut parts = name.strip_suffix(".zst")?.split('-');
+        let name = name.strip_suffix(".zst")?;
+        let mut parts = name.split('-');
         let mut next = || parts.next();
         let epoch = decimal(next()?).and_then(|n| u32::try_from(n).ok()).map(Epoch)?;
         let from = Lsn(hexadecimal(next()?, 16)?);
@@ -201,7 +209,8 @@ impl TailName {
             0 => None,
             micros => Some(Timestamp::from_microsecond(i64::try_from(micros).ok()?).ok()?),
         };
-        (next().is_none() && from < to).then_some(TailName { epoch, from, to, raw_crc32, last_commit })
+        let tail = TailName { epoch, from, to, raw_crc32, last_commit };
+        if from < to { canonical(tail, name) } else { None }
     }
 }
 
@@ -218,6 +227,13 @@ pub struct IndexName {
     pub first: SegmentName,
     pub last: SegmentName,
     pub epoch: Epoch,
+}
+
+impl IndexName {
+    /// Its segments follow one another inside one directory.
+    fn is_valid(&self) -> bool {
+        self.first <= self.last && WalDirectory::of(self.first) == WalDirectory::of(self.last)
+    }
 }
 
 impl std::fmt::Display for IndexName {
@@ -245,19 +261,34 @@ impl WalObject {
             let first = parts.next()?.parse().ok()?;
             let last = parts.next()?.parse().ok()?;
             let epoch = decimal(parts.next()?).and_then(|n| u32::try_from(n).ok()).map(Epoch)?;
-            return parts.next().is_none().then_some(WalObject::Index(IndexName { first, last, epoch }));
+            let index = IndexName { first, last, epoch };
+            return if index.is_valid() { canonical(WalObject::Index(index), name) } else { None };
         }
         let (segment, rest) = name.split_once('.')?;
         let segment: SegmentName = segment.parse().ok()?;
         let crc = |text: &str| hexadecimal(text.strip_suffix(".zst")?, 8).map(|crc| crc as u32);
-        match rest {
-            "zst" => Some(WalObject::Segment(segment)),
-            "tail" => Some(WalObject::Tails(segment)),
+        let object = match rest {
+            "zst" => WalObject::Segment(segment),
+            "tail" => WalObject::Tails(segment),
             _ => match rest.split_once('-')? {
-                ("conflict", crc32) => Some(WalObject::Conflict(segment, crc(crc32)?)),
-                ("repair", crc32) => Some(WalObject::Repair(segment, crc(crc32)?)),
-                _ => None,
+                ("conflict", crc32) => WalObject::Conflict(segment, crc(crc32)?),
+                ("repair", crc32) => WalObject::Repair(segment, crc(crc32)?),
+                _ => return None,
             },
+        };
+        canonical(object, name)
+    }
+}
+
+/// The name inside its [`WalDirectory`].
+impl std::fmt::Display for WalObject {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            WalObject::Segment(name) => write!(f, "{name}.zst"),
+            WalObject::Tails(name) => write!(f, "{name}.tail"),
+            WalObject::Index(index) => write!(f, "{index}.index.json"),
+            WalObject::Conflict(name, raw_crc32) => write!(f, "{name}.conflict-{raw_crc32:08x}.zst"),
+            WalObject::Repair(name, raw_crc32) => write!(f, "{name}.repair-{raw_crc32:08x}.zst"),
         }
     }
 }
@@ -265,6 +296,11 @@ impl WalObject {
 /// The name of the segment that holds `lsn`.
 pub fn segment_at(timeline: TimelineId, lsn: Lsn, size: SegmentSize) -> SegmentName {
     SegmentName::new(timeline, size.segment_of(lsn), size)
+}
+
+/// A name in any other spelling than ours is foreign: the key built from what it says would be another object's.
+fn canonical<T: std::fmt::Display>(parsed: T, name: &str) -> Option<T> {
+    (parsed.to_string() == name).then_some(parsed)
 }
 
 fn decimal(text: &str) -> Option<u64> {
@@ -275,4 +311,237 @@ fn decimal(text: &str) -> Option<u64> {
 fn hexadecimal(text: &str, digits: usize) -> Option<u64> {
     let plain = text.len() == digits && text.bytes().all(|b| b.is_ascii_hexdigit());
     plain.then(|| u64::from_str_radix(text, 16).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn lineage() -> Lineage {
+        Lineage::new("main", SystemId(7_432_109_876_543_210_123), 1)
+    }
+
+    fn segment() -> SegmentName {
+        "0000000100000002000000A7".parse().unwrap()
+    }
+
+    fn tail() -> TailName {
+        TailName {
+            epoch: Epoch(3),
+            from: Lsn(0x2_A800_0000),
+            to: Lsn(0x2_A801_2340),
+            raw_crc32: 0x00C0_FFEE,
+            last_commit: Some("2026-11-22T11:00:00.123456Z".parse().unwrap()),
+        }
+    }
+
+    /// The format, version 1. These strings never change: archives with them exist.
+    #[test]
+    fn the_names_of_version_1() {
+        let (lineage, segment) = (lineage(), segment());
+        let index = IndexName { first: segment, last: SegmentName { low: 0xB6, ..segment }, epoch: Epoch(3) };
+        let time = "2026-11-22T11:00:00.000042Z".parse().unwrap();
+        assert_eq!(repository().as_str(), "repository.json");
+        assert_eq!(cluster("main").as_str(), "main");
+        let below = |key: Key| {
+            let path = key.as_str().strip_prefix("main/7432109876543210123/").map(str::to_string);
+            path.unwrap_or_else(|| panic!("{key} lies outside its lineage"))
+        };
+        assert_eq!(below(lineage.lineage_json()), "lineage.json");
+        assert_eq!(below(lineage.writers()), "writers");
+        assert_eq!(below(lineage.writer(Epoch(3))), "writers/0000000003.json");
+        assert_eq!(below(lineage.wal()), "wal");
+        assert_eq!(below(lineage.history(TimelineId(0x1A))), "wal/0000001A.history");
+        assert_eq!(below(lineage.wal_directory(WalDirectory::of(segment))), "wal/0000000100000002");
+        assert_eq!(below(lineage.segment(segment)), "wal/0000000100000002/0000000100000002000000A7.zst");
+        assert_eq!(below(lineage.tail_directory(segment)), "wal/0000000100000002/0000000100000002000000A7.tail");
+        assert_eq!(
+            below(lineage.tail(segment, &tail())),
+            "wal/0000000100000002/0000000100000002000000A7.tail/\
+             0000000003-00000002A8000000-00000002A8012340-00c0ffee-1795345200123456.zst"
+        );
+        assert_eq!(
+            below(lineage.conflict(segment, 0xBEEF)),
+            "wal/0000000100000002/0000000100000002000000A7.conflict-0000beef.zst"
+        );
+        assert_eq!(
+            below(lineage.index(index)),
+            "wal/0000000100000002/0000000100000002000000A7-0000000100000002000000B6-0000000003.index.json"
+        );
+        assert_eq!(below(lineage.ledger()), "ledger");
+        assert_eq!(
+            below(lineage.ledger_entry(time, "gap-healed", 0xABC)),
+            "ledger/20261122T110000.000042Z-gap-healed-00000abc.json"
+        );
+        assert_eq!(lineage.ledger_object("x.json").map(below), Some("ledger/x.json".to_string()));
+        assert_eq!(WalObject::Repair(segment, 0xBEEF).to_string(), "0000000100000002000000A7.repair-0000beef.zst");
+        assert_eq!(
+            Lineage { ordinal: 2, ..lineage }.lineage_json().as_str(),
+            "main/7432109876543210123-2/lineage.json"
+        );
+    }
+
+    #[test]
+    fn every_name_is_read_back() {
+        let (lineage, segment) = (lineage(), segment());
+        for ordinal in [1, 2, 10, u32::MAX] {
+            let lineage = Lineage { ordinal, ..lineage.clone() };
+            assert_eq!(Lineage::parse("main", &lineage.directory_name()), Some(lineage));
+        }
+        assert_eq!(parse_writer(lineage.writer(Epoch(u32::MAX)).file_name()), Some(Epoch(u32::MAX)));
+        assert_eq!(parse_history(lineage.history(TimelineId(0x1A)).file_name()), Some(TimelineId(0x1A)));
+        let directory = WalDirectory::of(segment);
+        assert_eq!(WalDirectory::parse(lineage.wal_directory(directory).file_name()), Some(directory));
+        let index = IndexName { first: segment, last: segment, epoch: Epoch(9) };
+        for (key, object) in [
+            (lineage.segment(segment), WalObject::Segment(segment)),
+            (lineage.tail_directory(segment), WalObject::Tails(segment)),
+            (lineage.index(index), WalObject::Index(index)),
+            (lineage.conflict(segment, 1), WalObject::Conflict(segment, 1)),
+        ] {
+            assert_eq!(WalObject::parse(key.file_name()), Some(object));
+        }
+        assert_eq!(TailName::parse(lineage.tail(segment, &tail()).file_name()), Some(tail()));
+    }
+
+    #[test]
+    fn a_tail_without_a_commit_says_zero() {
+        let tail = TailName { last_commit: None, ..tail() };
+        assert!(tail.to_string().ends_with("-0"));
+        assert_eq!(TailName::parse(&format!("{tail}.zst")), Some(tail));
+    }
+
+    /// Among them other spellings of our own names: what they say is right, but the key built from it is another.
+    #[test]
+    fn foreign_names_are_left_alone() {
+        for name in ["", "-", "7-", "-2", "7-1", "7-0", "7-02", "07", "7-2-3", "x", "7-x", "+7", "18446744073709551616"]
+        {
+            assert_eq!(Lineage::parse("main", name), None, "{name:?}");
+        }
+        for name in ["", ".json", "1.json", "00000000001.json", "4294967296.json", "0000000001", "0000000001.json.tmp"]
+        {
+            assert_eq!(parse_writer(name), None, "{name:?}");
+        }
+        for name in ["", ".history", "1.history", "0000001a.history", "00000001.history.zst", "+0000001.history"] {
+            assert_eq!(parse_history(name), None, "{name:?}");
+        }
+        for name in ["", "000000010000000", "00000001000000021", "000000010000000a", "+000000100000002"] {
+            assert_eq!(WalDirectory::parse(name), None, "{name:?}");
+        }
+        for name in [
+            "0000000100000002000000A7",
+            "0000000100000002000000A7.gz",
+            "0000000100000002000000A7.zst.age",
+            "0000000100000002000000a7.zst",
+            "0000000100000002000000A7.partial",
+            "0000000100000002000000A7.conflict-0000BEEF.zst",
+            "0000000100000002000000A7.conflict-beef.zst",
+            "0000000100000002000000A7.conflict-0000beef",
+            "0000000100000002000000A7.repaired-0000beef.zst",
+            "0000000100000002000000A7.index.json",
+            "0000000100000002000000A7-0000000100000002000000B6-3.index.json",
+            "0000000100000002000000B6-0000000100000002000000A7-0000000003.index.json",
+            "0000000100000002000000A7-0000000100000003000000A7-0000000003.index.json",
+            "0000000100000002000000A7-0000000200000002000000B6-0000000003.index.json",
+            "0000000100000002000000A7-0000000100000002000000B6-0000000003-1.index.json",
+            ".seawall-tmp-0123456789abcdef",
+        ] {
+            assert_eq!(WalObject::parse(name), None, "{name:?}");
+        }
+        for name in [
+            "0000000003-00000002A8000000-00000002A8012340-00c0ffee-1795345200123456",
+            "3-00000002A8000000-00000002A8012340-00c0ffee-1795345200123456.zst",
+            "0000000003-00000002a8000000-00000002A8012340-00c0ffee-1795345200123456.zst",
+            "0000000003-00000002A8000000-00000002A8012340-00C0FFEE-1795345200123456.zst",
+            "0000000003-00000002A8000000-00000002A8012340-00c0ffee-01795345200123456.zst",
+            "0000000003-00000002A8000000-00000002A8012340-00c0ffee-1795345200123456-1.zst",
+            "0000000003-00000002A8000000-00000002A8012340-00c0ffee-99999999999999999999.zst",
+            "0000000003-00000002A8012340-00000002A8012340-00c0ffee-0.zst",
+            "0000000003-00000002A8012340-00000002A8000000-00c0ffee-0.zst",
+            "0000000003-00000002A8000000-00000002A8012340-00c0ffee-.zst",
+        ] {
+            assert_eq!(TailName::parse(name), None, "{name:?}");
+        }
+        for name in ["x", "a/b.json", "../x.json", "\0.json"] {
+            assert_eq!(lineage().ledger_object(name), None, "{name:?}");
+        }
+    }
+
+    fn parse_all(name: &str) {
+        let _ = Lineage::parse("main", name);
+        let _ = (parse_writer(name), parse_history(name), WalDirectory::parse(name), WalObject::parse(name));
+        let _ = (TailName::parse(name), lineage().ledger_object(name));
+    }
+
+    /// Names whose length in bytes fits but whose characters do not end where the digits would.
+    #[test]
+    fn multibyte_names_do_not_panic() {
+        for name in ["0000000é0000002", "000é.history", "0000000é0000000200000A7.zst", "é", "0000000é.json", "-é-"]
+        {
+            parse_all(name);
+        }
+    }
+
+    prop_compose! {
+        fn segments()(timeline in 1u32.., high in any::<u32>(), low in any::<u32>()) -> SegmentName {
+            SegmentName { timeline: TimelineId(timeline), high, low }
+        }
+    }
+
+    prop_compose! {
+        fn tails()(
+            epoch in any::<u32>(), from in 0..u64::MAX - 1, length in 1u64..1 << 30,
+            raw_crc32 in any::<u32>(), micros in 0i64..253_402_207_200_999_999,
+        ) -> TailName {
+            let last_commit = (micros != 0).then(|| Timestamp::from_microsecond(micros).unwrap());
+            TailName { epoch: Epoch(epoch), from: Lsn(from), to: Lsn(from.saturating_add(length)), raw_crc32, last_commit }
+        }
+    }
+
+    prop_compose! {
+        fn indexes()(first in segments(), further in any::<u32>(), epoch in any::<u32>()) -> IndexName {
+            let last = SegmentName { low: first.low.saturating_add(further), ..first };
+            IndexName { first, last, epoch: Epoch(epoch) }
+        }
+    }
+
+    fn wal_objects() -> impl Strategy<Value = WalObject> {
+        prop_oneof![
+            segments().prop_map(WalObject::Segment),
+            segments().prop_map(WalObject::Tails),
+            indexes().prop_map(WalObject::Index),
+            (segments(), any::<u32>()).prop_map(|(name, crc)| WalObject::Conflict(name, crc)),
+            (segments(), any::<u32>()).prop_map(|(name, crc)| WalObject::Repair(name, crc)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn tails_round_trip(tail in tails()) {
+            prop_assert_eq!(TailName::parse(&format!("{tail}.zst")), Some(tail));
+        }
+
+        #[test]
+        fn wal_objects_round_trip(object in wal_objects()) {
+            prop_assert_eq!(WalObject::parse(&object.to_string()), Some(object));
+        }
+
+        /// Two names never mean the same object: what is read is written the same way again.
+        #[test]
+        fn what_is_read_is_spelled_as_we_spell(object in wal_objects(), at in any::<prop::sample::Index>(), with in "[0-9a-fA-F.-]") {
+            let mut name = object.to_string();
+            let at = at.index(name.len());
+            name.replace_range(at..=at, &with);
+            if let Some(read) = WalObject::parse(&name) {
+                prop_assert_eq!(read.to_string(), name);
+            }
+        }
+
+        /// Names as a listing of a damaged or hostile store may give them.
+        #[test]
+        fn hostile_names_do_not_panic(name in "[0-9A-Fa-f.-]{0,24}(\\PC{0,8}|é|\\.zst|\\.tail|\\.index\\.json|\\.history)") {
+            parse_all(&name);
+        }
+    }
 }

@@ -565,3 +565,21 @@ fn size(stat: &rustix::fs::Stat) -> u64 {
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testkit::conformance;
+
+    fn scratch() -> (tempfile::TempDir, LocalBackend) {
+        let directory = tempfile::tempdir().unwrap();
+        let backend = LocalBackend::open(directory.path().to_path_buf());
+        (directory, backend)
+    }
+
+    #[tokio::test]
+    async fn a_directory_conforms() {
+        let (_directory, backend) = scratch();
+        conformance::run_all(&backend, &Key::new("scratch")).await;
+    }
+}
