@@ -9,7 +9,7 @@ use backon::{BackoffBuilder, ExponentialBuilder};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::catalog::store::Archive;
+use crate::catalog::store::{Archive, CatalogError};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::layout::Epoch;
 use crate::repository::{StoreError, StoreErrorKind};
@@ -25,7 +25,24 @@ pub enum ArchiveError {
     #[error("{name} is already in the archive with other content: raw CRC-32 {stored:08x} stored, {ours:08x} received")]
     Conflict { name: SegmentName, stored: u32, ours: u32 },
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(StoreError),
+    #[error(transparent)]
+    Catalog(Arc<CatalogError>),
+}
+
+impl From<StoreError> for ArchiveError {
+    fn from(error: StoreError) -> ArchiveError {
+        ArchiveError::Store(error)
+    }
+}
+
+impl From<CatalogError> for ArchiveError {
+    fn from(error: CatalogError) -> ArchiveError {
+        match error {
+            CatalogError::Store(error) => ArchiveError::Store(error),
+            other => ArchiveError::Catalog(Arc::new(other)),
+        }
+    }
 }
 
 impl Advice for ArchiveError {
@@ -35,6 +52,7 @@ impl Advice for ArchiveError {
             ArchiveError::Fenced { .. } => Some("another agent writes to this archive; this one waits and takes over when it ends".into()),
             ArchiveError::Conflict { .. } => Some("do two servers archive to one place, or was one of them cloned? Both contents are kept; to go on with this server, use `seawall init --new-lineage`".into()),
             ArchiveError::Store(error) => error.hint(),
+            ArchiveError::Catalog(error) => error.hint(),
         }
     }
 
@@ -43,6 +61,7 @@ impl Advice for ArchiveError {
             ArchiveError::Stopped | ArchiveError::Fenced { .. } => Disposition::Reconnect,
             ArchiveError::Conflict { .. } => Disposition::Stop,
             ArchiveError::Store(error) => error.disposition(),
+            ArchiveError::Catalog(error) => error.disposition(),
         }
     }
 
@@ -52,6 +71,7 @@ impl Advice for ArchiveError {
             ArchiveError::Fenced { .. } => ExitCode::TryAgain,
             ArchiveError::Conflict { .. } => ExitCode::Data,
             ArchiveError::Store(error) => error.exit_code(),
+            ArchiveError::Catalog(error) => error.exit_code(),
         }
     }
 }
@@ -119,23 +139,31 @@ impl Writer {
     /// Repeats `call` until it succeeds, fails for good, or the writer is stopped.
     ///
     /// `AlreadyExists`, `NotFound`, `Corrupt` and `Unsupported` are answers, not outages: they come back at once.
-    pub async fn retry<T, F>(&self, call: impl Fn() -> F) -> Result<T, ArchiveError>
+    pub async fn retry<T, E, F>(&self, call: impl Fn() -> F) -> Result<T, ArchiveError>
     where
-        F: Future<Output = Result<T, StoreError>>,
+        E: Into<ArchiveError>,
+        F: Future<Output = Result<T, E>>,
     {
-        let delays = ExponentialBuilder::new()
+        let mut delays = ExponentialBuilder::new()
             .with_min_delay(Duration::from_millis(250))
             .with_max_delay(Duration::from_secs(15))
-            .without_max_times();
-        let mut delays = delays.build();
+            .without_max_times()
+            .build();
         loop {
-            let error = match tokio::time::timeout(Self::CALL_DEADLINE, call()).await {
+            let called = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
+                called = tokio::time::timeout(Self::CALL_DEADLINE, call()) => called,
+            };
+            let error = match called {
                 Ok(Ok(value)) => {
                     self.health.handle_success();
                     return Ok(value);
                 }
-                Ok(Err(error)) if is_answer(&error) => return Err(error.into()),
-                Ok(Err(error)) => error,
+                Ok(Err(error)) => match error.into() {
+                    ArchiveError::Store(error) if !is_answer(&error) => error,
+                    answer => return Err(answer),
+                },
                 Err(_) => StoreError {
                     kind: StoreErrorKind::Unavailable,
                     operation: "use",

@@ -26,7 +26,7 @@ pub use progress::{Progress, Stored};
 
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::replication::{Connection, ReplicationError, StatusUpdate, StreamEvent, TimelineEnd};
-use crate::wal::{Lsn, Proof, ScanError, Scanner, SegmentNumber, SegmentSummary};
+use crate::wal::{Lsn, ScanError, Scanner, SegmentNumber, SegmentSummary};
 use heartbeat::{Due, Heartbeat, HeartbeatOptions, StopDetector};
 use resume::{Divergence, Frontier, PrefixCheck};
 
@@ -137,8 +137,33 @@ pub struct Wiring {
     pub stop: CancellationToken,
     /// Paused, streaming, stopping: for `status`.
     pub activity: Arc<watch::Sender<Activity>>,
-    /// Wall clock in µs since 2000-01-01, for the status message.
-    pub clock: fn() -> i64,
+    pub clock: Clock,
+}
+
+/// The wall clock: the real one, or the simulation's.
+#[derive(Clone)]
+pub struct Clock(pub Arc<dyn Fn() -> Timestamp + Send + Sync>);
+
+impl Clock {
+    pub fn system() -> Clock {
+        Clock(Arc::new(Timestamp::now))
+    }
+
+    pub fn now(&self) -> Timestamp {
+        (self.0)()
+    }
+
+    /// µs since 2000-01-01, as the replication protocol counts.
+    fn postgres_micros(&self) -> i64 {
+        const POSTGRES_EPOCH: i64 = 946_684_800;
+        self.now().as_microsecond() - POSTGRES_EPOCH * 1_000_000
+    }
+}
+
+impl std::fmt::Debug for Clock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Clock")
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,11 +263,14 @@ impl<'a> Receiver<'a> {
                 }
                 () = self.wiring.memory.released(), if self.paused => self.review_pause(),
                 () = tokio::time::sleep_until(wake) => {}
-                heard = self.connection.exchange(reading), if reading || writing => {
-                    if heard? && let Some(end) = self.take_events().await? {
+                heard = exchange(self.connection, reading), if reading || writing => match heard {
+                    Ok(false) => {}
+                    Ok(true) => if let Some(end) = self.take_events().await? {
                         return Ok(end);
-                    }
-                }
+                    },
+                    Err(ReplicationError::ServerStopping) => return Ok(StreamEnd::ServerStopping),
+                    Err(error) => return Err(error.into()),
+                },
             }
         }
     }
@@ -307,7 +335,14 @@ impl<'a> Receiver<'a> {
     async fn take_events(&mut self) -> Result<Option<StreamEnd>, ReceiveError> {
         let now = self.started.elapsed();
         self.heartbeat.handle_heard(now);
-        while let Some(event) = self.connection.next_event()? {
+        loop {
+            let event = match self.connection.next_event() {
+                Ok(Some(event)) => event,
+                Ok(None) => break,
+                // It has sent everything, was told that everything is flushed, and goes.
+                Err(ReplicationError::ServerStopping) => return Ok(Some(StreamEnd::ServerStopping)),
+                Err(error) => return Err(error.into()),
+            };
             match event {
                 StreamEvent::Wal { start, server_end, bytes, .. } => {
                     self.wiring.progress.send_if_modified(|progress| {
@@ -412,7 +447,7 @@ impl<'a> Receiver<'a> {
             (progress.received(), progress.acknowledged())
         };
         // Apply equal to flush: a commit that waits for `remote_apply` must not wait for ever on a zero.
-        let now = (self.wiring.clock)();
+        let now = self.wiring.clock.postgres_micros();
         self.connection.queue_status(StatusUpdate { write, flush, apply: flush, reply_requested, now });
         self.told = flush;
         self.heartbeat.handle_status_sent(self.started.elapsed());
@@ -435,15 +470,18 @@ impl<'a> Receiver<'a> {
     async fn say_goodbye(&mut self) {
         self.queue_status(false);
         let goodbye = async {
-            while self.connection.has_output() {
-                self.connection.exchange(false).await?;
-            }
+            self.connection.flush_output().await?;
             self.connection.finish_stream().await
         };
         if let Err(error) = tokio::time::timeout(Duration::from_secs(2), goodbye).await {
             tracing::debug!(%error, "the stream was closed without the server's answer");
         }
     }
+}
+
+/// Sends what is queued and, when `reading`, receives: then true. May be dropped at any time.
+async fn exchange(connection: &mut Connection, reading: bool) -> Result<bool, ReplicationError> {
+    if reading { connection.fill().await.map(|()| true) } else { connection.flush_output().await.map(|()| false) }
 }
 
 /// Bytes as they came.
@@ -465,7 +503,3 @@ impl Chunk<'_> {
     }
 }
 
-/// Whether a stream's WAL format is known, for `status`.
-pub fn proof_of(scanner: &Scanner) -> Proof {
-    scanner.proof()
-}

@@ -28,12 +28,14 @@ pub struct Progress {
     stored: Vec<Stored>,
     /// How many repositories must hold a byte before it is acknowledged.
     required: usize,
-    acknowledged: Lsn,
+    /// Where the slot already is: less is never reported, it would move the slot back.
+    slot_restart: Lsn,
+    durable: Lsn,
 }
 
 impl Progress {
     /// `start` is where the stream begins, `stored` what each repository held when it was last looked at.
-    pub fn new(start: Lsn, stored: Vec<Stored>, required: usize) -> Progress {
+    pub fn new(start: Lsn, stored: Vec<Stored>, required: usize, slot_restart: Lsn) -> Progress {
         assert!((1..=stored.len()).contains(&required), "{required} of {} repositories cannot be required", stored.len());
         Progress {
             server_end: start,
@@ -42,7 +44,8 @@ impl Progress {
             prefix_matched: false,
             stored,
             required,
-            acknowledged: Lsn::ZERO,
+            slot_restart,
+            durable: Lsn::ZERO,
         }
     }
 
@@ -104,19 +107,14 @@ impl Progress {
         record_ends.sort_unstable_by(|a, b| b.cmp(a));
         let durable = record_ends[self.required - 1];
         assert!(durable <= self.proven, "{durable} is called durable, but only {} is proven", self.proven);
-        assert!(durable >= self.acknowledged, "durable went back from {} to {durable}", self.acknowledged);
-        self.acknowledged = durable;
+        assert!(durable >= self.durable, "durable went back from {} to {durable}", self.durable);
+        self.durable = durable;
     }
 
     /// What the server is told is flushed: durable in the required repositories, contiguous, proven, a record
     /// end. `Lsn::ZERO` means "not reporting".
     pub fn acknowledged(&self) -> Lsn {
-        self.acknowledged
-    }
-
-    /// Whether everything received is acknowledged: a stopping server waits for just that.
-    pub fn is_settled(&self) -> bool {
-        self.acknowledged == self.received
+        if self.durable >= self.slot_restart { self.durable } else { Lsn::ZERO }
     }
 }
 
@@ -130,7 +128,7 @@ mod tests {
 
     #[test]
     fn nothing_is_reported_before_the_prefix_matched() {
-        let mut progress = Progress::new(Lsn(100), vec![stored(140, 140)], 1);
+        let mut progress = Progress::new(Lsn(100), vec![stored(140, 140)], 1, Lsn::ZERO);
         progress.handle_received(Lsn(150), Lsn(144));
         assert_eq!(progress.acknowledged(), Lsn::ZERO);
         progress.handle_prefix_matched();
@@ -139,20 +137,27 @@ mod tests {
 
     #[test]
     fn a_cut_record_is_not_acknowledged_although_its_bytes_are_stored() {
-        let mut progress = Progress::new(Lsn(100), vec![stored(100, 100)], 1);
+        let mut progress = Progress::new(Lsn(100), vec![stored(100, 100)], 1, Lsn::ZERO);
         progress.handle_prefix_matched();
         progress.handle_received(Lsn(230), Lsn(220));
         progress.handle_stored(0, stored(190, 200));
         assert_eq!(progress.acknowledged(), Lsn(190));
-        assert!(!progress.is_settled());
-        progress.handle_received(Lsn(230), Lsn(230));
-        progress.handle_stored(0, stored(230, 230));
-        assert!(progress.is_settled());
+    }
+
+    #[test]
+    fn the_slot_is_never_moved_back() {
+        let mut progress = Progress::new(Lsn(100), vec![stored(100, 100)], 1, Lsn(150));
+        progress.handle_prefix_matched();
+        progress.handle_received(Lsn(200), Lsn(200));
+        progress.handle_stored(0, stored(140, 140));
+        assert_eq!(progress.acknowledged(), Lsn::ZERO);
+        progress.handle_stored(0, stored(160, 160));
+        assert_eq!(progress.acknowledged(), Lsn(160));
     }
 
     #[test]
     fn the_required_number_of_repositories_decides() {
-        let mut progress = Progress::new(Lsn(0), vec![stored(0, 0); 3], 2);
+        let mut progress = Progress::new(Lsn(0), vec![stored(0, 0); 3], 2, Lsn::ZERO);
         progress.handle_prefix_matched();
         progress.handle_received(Lsn(90), Lsn(90));
         progress.handle_stored(0, stored(80, 80));
@@ -166,7 +171,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "only 0/00000028 is proven")]
     fn acknowledging_what_is_not_proven_is_a_bug() {
-        let mut progress = Progress::new(Lsn(0), vec![stored(0, 0)], 1);
+        let mut progress = Progress::new(Lsn(0), vec![stored(0, 0)], 1, Lsn::ZERO);
         progress.handle_prefix_matched();
         progress.handle_received(Lsn(90), Lsn(40));
         progress.handle_stored(0, stored(80, 80));
@@ -175,7 +180,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "went back")]
     fn a_frontier_never_goes_back() {
-        let mut progress = Progress::new(Lsn(0), vec![stored(50, 50)], 1);
+        let mut progress = Progress::new(Lsn(0), vec![stored(50, 50)], 1, Lsn::ZERO);
         progress.handle_stored(0, stored(40, 40));
     }
 }

@@ -222,7 +222,7 @@ impl std::fmt::Display for TailName {
 }
 
 /// `<first>-<last>-<epoch>`: index entries of consecutive segments of one directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct IndexName {
     pub first: SegmentName,
     pub last: SegmentName,
