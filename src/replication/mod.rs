@@ -4,11 +4,26 @@
 //! Does not own: which host to try and with which settings (`postgres`), what the WAL means (`wal`),
 //! what is acknowledged (`receiver`). Rests on `proto-notes/01` to `03`.
 
+pub mod command;
+pub mod connection;
+pub mod error;
+pub mod framing;
+pub mod handshake;
+pub mod message;
+pub mod tls;
+
+use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::secret::Secret;
+
+pub use command::{InvalidSlotName, QueryResult, SlotName, SlotReading, SystemIdentity, TimelineEnd};
+pub use connection::{Connection, Start, StreamEvent};
+pub use error::{ConnectError, Phase, ReplicationError, ServerError, StartFault};
+pub use message::StatusUpdate;
+pub use tls::{Dial, NetDialer, Transport};
 
 /// Where one server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +32,17 @@ pub enum Address {
     Tcp { host: String, ip: Option<IpAddr>, port: u16 },
     /// The socket `<directory>/.s.PGSQL.<port>`; a directory starting with `@` is in the abstract namespace.
     Unix { directory: PathBuf, port: u16 },
+}
+
+/// `host:port`, `[ip]:port` where the host is an IPv6 address, or the socket's path.
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Address::Tcp { host, port, .. } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Address::Tcp { host, port, .. } => write!(f, "{host}:{port}"),
+            Address::Unix { directory, port } => write!(f, "{}/.s.PGSQL.{port}", directory.display()),
+        }
+    }
 }
 
 /// libpq's `sslmode`, as far as it is built: `disable`, `prefer` and `require` (without verification).
