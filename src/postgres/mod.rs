@@ -6,12 +6,14 @@
 //! Rests on `proto-notes/01`, "Password and service files". Everything here is pure: files and variables
 //! come in through [`Environment`].
 
+pub mod connect;
 mod conninfo;
 mod environment;
 mod error;
 mod keywords;
 mod passfile;
 mod service;
+pub mod sql;
 mod syntax;
 
 pub use conninfo::{Conninfo, Logins, Purpose, TargetSessionAttrs};

@@ -154,7 +154,7 @@ impl Clock {
     }
 
     /// µs since 2000-01-01, as the replication protocol counts.
-    fn postgres_micros(&self) -> i64 {
+    pub fn postgres_micros(&self) -> i64 {
         const POSTGRES_EPOCH: i64 = 946_684_800;
         self.now().as_microsecond() - POSTGRES_EPOCH * 1_000_000
     }

@@ -45,6 +45,8 @@ pub struct Scanner {
     position: Lsn,
     chain: Chain,
     failed: Option<ScanError>,
+    /// The last record known at the start: while it is the last one, nothing has linked up with it.
+    resumed_after: Option<Lsn>,
 }
 
 /// The page that is being received. Aligned, so that the CRC of a record starts on a whole word: records do.
@@ -64,6 +66,7 @@ impl Scanner {
     pub fn new(options: ScanOptions, start: Lsn, carry: Carry) -> Scanner {
         assert!(options.segment_size.is_start(start), "{start} is not the start of a segment");
         Scanner {
+            resumed_after: carry.last_record,
             page: Box::new(PageBuffer([0; PAGE_BYTES])),
             position: start,
             chain: Chain::new(options, start, carry),
@@ -106,6 +109,15 @@ impl Scanner {
     /// The last commit before [`Scanner::proven`] that began after this scanner's start.
     pub fn last_commit(&self) -> Option<Commit> {
         self.chain.last_commit
+    }
+
+    /// Whether a record was proven to follow the last one of the carry (or there is nothing to follow).
+    pub fn is_linked(&self) -> bool {
+        self.resumed_after.is_none() || self.proof() == Proof::Unproven || self.chain.last_record != self.resumed_after
+    }
+
+    pub fn segment_size(&self) -> SegmentSize {
+        self.chain.options.segment_size
     }
 
     /// The next segment whose records are all proven, the one that crosses its end included.

@@ -119,6 +119,15 @@ impl History {
         Ok(History { timeline, ancestors })
     }
 
+    /// The history of one of the timelines on this history: its own ancestors only.
+    pub fn up_to(&self, timeline: TimelineId) -> Option<History> {
+        if timeline == self.timeline {
+            return Some(self.clone());
+        }
+        let at = self.ancestors.iter().position(|entry| entry.timeline == timeline)?;
+        Some(History { timeline, ancestors: self.ancestors[..at].to_vec() })
+    }
+
     pub fn ancestors(&self) -> &[HistoryEntry] {
         &self.ancestors
     }

@@ -1,0 +1,368 @@
+//! The life of one cluster's agent: connect, find out where to go on, stream, and again, for ever.
+//!
+//! Owns: what follows from each way a session can begin and end; every attempt's reason is said.
+//! Does not own: the steps themselves (`startup.rs`, `slot.rs`, `session.rs`, `standby.rs`).
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::session::{self, Assignment, Watched};
+use super::slot::{self, Found};
+use super::standby;
+use super::startup::{self, Server};
+use super::world::{ClusterOptions, World};
+use crate::archiver::ArchiveError;
+use crate::catalog::ledger::{FactKind, LedgerFact};
+use crate::catalog::store::Archive;
+use crate::error::{Disposition, ExitCode, Failure};
+use crate::postgres::{Purpose, connect};
+use crate::receiver::resume::Frontier;
+use crate::receiver::{ReceiveError, StreamEnd};
+use crate::replication::{Connection, Start, StartFault};
+use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, TimelineId};
+
+/// What a cluster's agent is doing, for whoever watches it.
+#[derive(Clone, Debug, Default)]
+pub struct Status {
+    pub state: State,
+    pub timeline: Option<TimelineId>,
+    pub watched: Option<Watched>,
+    /// Why the last attempt failed, while there is no stream.
+    pub failure: Option<Failure>,
+    /// What is durable and was acknowledged, over all sessions.
+    pub acknowledged: Lsn,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum State {
+    #[default]
+    Connecting,
+    Streaming,
+    /// Another agent writes; this one takes over when it ends.
+    Waiting,
+    /// Nothing further is stored or acknowledged until an operator decides.
+    Stopped,
+}
+
+/// One cluster's agent. [`ClusterAgent::run`] must not be dropped before it ends: cancel `stop` instead.
+#[derive(Debug)]
+pub struct ClusterAgent {
+    world: World,
+    options: ClusterOptions,
+    stop: CancellationToken,
+    status: watch::Sender<Status>,
+    /// Consecutive attempts without a stream.
+    failures: u32,
+    /// The fault the last stream ended with: the same one again is damage at the source.
+    fault: Option<ScanError>,
+    last_said: Option<String>,
+}
+
+/// What one round of connecting and streaming came to.
+enum Round {
+    /// Go on at once on the same connection: the next timeline.
+    NextTimeline,
+    /// Connect anew; the stream had worked.
+    Reconnect,
+    Stopped,
+}
+
+impl ClusterAgent {
+    const DELAY_MIN: Duration = Duration::from_millis(500);
+    const DELAY_MAX: Duration = Duration::from_secs(30);
+
+    pub fn new(
+        world: World,
+        options: ClusterOptions,
+        stop: CancellationToken,
+    ) -> (ClusterAgent, watch::Receiver<Status>) {
+        let (status, watching) = watch::channel(Status::default());
+        let agent = ClusterAgent { world, options, stop, status, failures: 0, fault: None, last_said: None };
+        (agent, watching)
+    }
+
+    /// Runs until told to stop, or until going on could damage the archive.
+    pub async fn run(mut self) -> Result<(), Failure> {
+        loop {
+            let round = tokio::select! {
+                biased;
+                // Nothing of a stream is under way while connecting: dropping it loses nothing.
+                () = self.stop.clone().cancelled_owned() => return Ok(()),
+                prepared = prepare(&self.world, &self.options) => prepared,
+            };
+            let round = match round {
+                Ok(prepared) => self.stream(prepared).await,
+                Err(failure) => Err(failure),
+            };
+            match round {
+                Ok(Round::Stopped) => return Ok(()),
+                Ok(Round::NextTimeline) => {
+                    self.failures = 0;
+                    continue;
+                }
+                Ok(Round::Reconnect) => self.failures = 0,
+                Err(failure) if failure.disposition == Disposition::Stop => {
+                    self.status.send_modify(|status| {
+                        status.state = State::Stopped;
+                        status.failure = Some(failure.clone());
+                    });
+                    return Err(failure);
+                }
+                Err(failure) => self.say(failure),
+            }
+            if self.pause().await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The same reason again is not said again, except every now and then.
+    fn say(&mut self, failure: Failure) {
+        const REPEAT_EVERY: u32 = 20;
+        let text = failure.to_string();
+        if self.last_said.as_ref() != Some(&text) || self.failures.is_multiple_of(REPEAT_EVERY) {
+            let hint = failure.hint.as_deref().unwrap_or_default();
+            tracing::warn!(cluster = self.options.name, attempt = self.failures + 1, hint, "{text}");
+            self.last_said = Some(text);
+        }
+        self.status.send_modify(|status| {
+            status.state = State::Connecting;
+            status.watched = None;
+            status.failure = Some(failure);
+        });
+    }
+
+    /// Waits before the next attempt: 0.5 to 30 s, doubling, with jitter.
+    async fn pause(&mut self) -> Result<(), ()> {
+        let doubled = Self::DELAY_MIN.saturating_mul(1 << self.failures.min(10)).min(Self::DELAY_MAX);
+        self.failures += 1;
+        let jitter = self.world.random.lock().expect("no holder panics").f64() * 0.5 + 0.75;
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(()),
+            () = tokio::time::sleep(doubled.mul_f64(jitter)) => Ok(()),
+        }
+    }
+
+    /// Streams, timeline after timeline, as long as the connection lasts.
+    async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
+        let Prepared { mut connection, archive, server, frontier, slot_restart, login } = prepared;
+        let timeline = frontier.timeline;
+        let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, &server, &frontier).await? {
+            standby::Turn::Ours(epoch) => epoch,
+            standby::Turn::Theirs(writer) => {
+                self.status.send_modify(|status| status.state = State::Waiting);
+                return standby::wait(&self.world, &self.options, &archive, connection, &server, writer, &self.stop)
+                    .await
+                    .map(|()| if self.stop.is_cancelled() { Round::Stopped } else { Round::Reconnect });
+            }
+        };
+        tracing::info!(
+            cluster = self.options.name, server = %login.address, version = server.version, %timeline,
+            from = %frontier.segment_start, durable = %frontier.stored().record_end, %epoch, "streaming"
+        );
+        let history = server.history.up_to(timeline).expect("the plan stays on the server's history");
+        let scan =
+            ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
+        let assignment =
+            Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout: server.wal_sender_timeout };
+        let status = &self.status;
+        let watching = |watched: Watched| {
+            status.send_modify(|status| {
+                status.state = State::Streaming;
+                status.timeline = Some(timeline);
+                status.watched = Some(watched);
+                status.failure = None;
+            });
+        };
+        self.failures = 0;
+        self.last_said = None;
+        let ended = session::run(
+            &self.world, &self.options, &archive, &mut connection, assignment, self.stop.clone(), watching,
+        )
+        .await;
+        self.remember_acknowledged();
+        match ended.archived {
+            Ok(()) | Err(ArchiveError::Stopped) => {}
+            Err(error) => return Err(self.stop_for_conflict(&archive, timeline, error).await),
+        }
+        match ended.received {
+            Ok(StreamEnd::Timeline(end)) => {
+                tracing::info!(ended = %timeline, next = %end.next_timeline, at = %end.next_start, "the timeline ended");
+                Ok(Round::NextTimeline)
+            }
+            Ok(StreamEnd::Stopped { settled }) => {
+                if !settled {
+                    tracing::warn!("stopped before everything received was durable: the slot holds the rest");
+                }
+                Ok(Round::Stopped)
+            }
+            Ok(StreamEnd::ServerStopping) => {
+                tracing::info!("the server is stopping");
+                Ok(Round::Reconnect)
+            }
+            Err(ReceiveError::Scan(error)) => self.handle_fault(&archive, timeline, error).await,
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn remember_acknowledged(&self) {
+        self.status.send_modify(|status| {
+            if let Some(watched) = &status.watched {
+                let acknowledged = watched.progress.borrow().acknowledged();
+                status.acknowledged = status.acknowledged.max(acknowledged);
+            }
+        });
+    }
+
+    async fn stop_for_conflict(&self, archive: &Archive, timeline: TimelineId, error: ArchiveError) -> Failure {
+        if matches!(error, ArchiveError::Conflict { .. }) {
+            let fact = LedgerFact::new(FactKind::Conflict, self.world.clock.now(), error.to_string());
+            let fact = LedgerFact { timeline: Some(timeline), ..fact };
+            if let Err(failure) = archive.append_ledger(&fact, self.world.random_u32()).await {
+                tracing::error!(%failure, "the conflict could not be written to the ledger");
+            }
+        }
+        error.into()
+    }
+
+    /// A record that does not prove is asked for once more; the same fault with the same bytes again is damage
+    /// at the source: kept as evidence, and the cluster stops.
+    async fn handle_fault(
+        &mut self,
+        archive: &Archive,
+        timeline: TimelineId,
+        error: ScanError,
+    ) -> Result<Round, Failure> {
+        let repeated = self.fault.as_ref() == Some(&error);
+        self.fault = Some(error.clone());
+        if !repeated {
+            return Err(ReceiveError::Scan(error).into());
+        }
+        let message = format!("the server's WAL is damaged at its source: {error}");
+        let failure = Failure::new(ExitCode::Data, message).disposition(Disposition::Stop);
+        if error.class() == FaultClass::Identity {
+            return Err(failure.hint("the bytes are another server's, or of a build seawall cannot read"));
+        }
+        let mut fact = LedgerFact::new(FactKind::CorruptAtSource, self.world.clock.now(), error.to_string())
+            .about(timeline, error.record, error.lsn);
+        fact.details.insert("header".into(), error.detail.clone().into());
+        startup::record_once(&self.world, archive, fact).await?;
+        Err(failure.hint(format!(
+            "everything before {} is archived; check the server's disk and memory, take a base backup, then start \
+             a new lineage: `seawall init --new-lineage`",
+            error.record
+        )))
+    }
+}
+
+/// A connection on which START_REPLICATION was granted, and all that is known.
+struct Prepared {
+    connection: Connection,
+    login: crate::replication::Login,
+    archive: Archive,
+    server: Server,
+    frontier: Frontier,
+    slot_restart: Lsn,
+}
+
+/// From nothing to a granted stream.
+async fn prepare(world: &World, options: &ClusterOptions) -> Result<Prepared, Failure> {
+    let logins = world.logins.logins(Purpose::Physical)?;
+    let connected = connect::connect_or_explain(world.dialer.as_ref(), &logins, world.logins.wanted()).await?;
+    let connect::Connected { mut connection, login, in_recovery } = connected;
+    let server = startup::introduce(&mut connection, in_recovery).await?;
+    let found = slot::find(world, &mut connection, &login, &options.slot, &server).await?;
+    let (archive, file) = startup::open_lineage(world, options, &server, found.presence()).await?;
+    startup::archive_histories(&archive, &server).await?;
+    let frontier = startup::plan_start(world, &archive, &file, &server).await?;
+    let slot_cause = ensure_slot(&mut connection, options, &found).await?;
+    let slot_restart = match &found {
+        Found::Usable { restart_lsn } => Some(*restart_lsn),
+        _ => slot::restart_lsn(world, &mut connection, &login, &options.slot, &server).await?,
+    };
+    let mut frontier = frontier;
+    match start(&mut connection, options, &frontier).await? {
+        Granted::Streaming => {}
+        Granted::Removed => {
+            let begin = slot_restart.unwrap_or(server.identity.flush_lsn);
+            frontier = skip_gap(world, &archive, &server, &frontier, begin, &slot_cause).await?;
+            match start(&mut connection, options, &frontier).await? {
+                Granted::Streaming => {}
+                Granted::Removed => {
+                    return Err(Failure::new(ExitCode::Unavailable, "the server removes WAL faster than it can be asked for")
+                        .disposition(Disposition::Reconnect)
+                        .hint("is the slot dropped by somebody else, or max_slot_wal_keep_size very small?"));
+                }
+            }
+        }
+    }
+    Ok(Prepared { connection, login, archive, server, frontier, slot_restart: slot_restart.unwrap_or(Lsn::ZERO) })
+}
+
+/// Creates the slot where it is missing or lost; says why the archive may have a gap.
+async fn ensure_slot(connection: &mut Connection, options: &ClusterOptions, found: &Found) -> Result<String, Failure> {
+    match found {
+        Found::Usable { .. } => Ok("the server removed WAL the slot should have held".into()),
+        Found::Absent | Found::Unknown => {
+            slot::create(connection, &options.slot).await?;
+            Ok(format!("slot {} did not exist on the server", options.slot))
+        }
+        Found::Lost { why } => {
+            slot::replace(connection, &options.slot, why).await?;
+            Ok(format!("slot {} was lost: {why}", options.slot))
+        }
+    }
+}
+
+enum Granted {
+    Streaming,
+    /// The WAL asked for is no longer on the server.
+    Removed,
+}
+
+async fn start(connection: &mut Connection, options: &ClusterOptions, frontier: &Frontier) -> Result<Granted, Failure> {
+    match connection.start_replication(&options.slot, frontier.segment_start, frontier.timeline).await {
+        Ok(Start::Streaming) => Ok(Granted::Streaming),
+        Ok(Start::TimelineEnded(_)) => {
+            // Exactly at its end: what the archive holds reaches the fork, and the plan should have branched.
+            Err(Failure::new(ExitCode::Unavailable, format!("timeline {} has just ended", frontier.timeline))
+                .disposition(Disposition::Reconnect))
+        }
+        Err(error) if StartFault::of(&error) == Some(StartFault::SegmentRemoved) => Ok(Granted::Removed),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The WAL between the archive's end and `begin` is lost here: says so in the ledger and starts a new run.
+async fn skip_gap(
+    world: &World,
+    archive: &Archive,
+    server: &Server,
+    frontier: &Frontier,
+    begin: Lsn,
+    cause: &str,
+) -> Result<Frontier, Failure> {
+    let size = server.segment_size;
+    let timeline = server.identity.timeline;
+    let begin = size.floor(begin).max(size.end_of(size.segment_of(frontier.segment_start)));
+    let mut from = frontier.stored().record_end.max(frontier.segment_start);
+    let mut line = frontier.timeline;
+    // A gap may reach over forks: one fact for each timeline it touches.
+    loop {
+        let to = server.history.end_of(line).unwrap_or(begin).min(begin);
+        if from < to {
+            tracing::error!(timeline = %line, %from, %to, cause, "the archive has a gap: this WAL is no longer on the server");
+            let fact = LedgerFact::new(FactKind::Gap, world.clock.now(), cause).about(line, from, to);
+            startup::record_once(world, archive, fact).await?;
+        }
+        from = from.max(to);
+        match server.history.child_of(line) {
+            Some(child) if line != timeline => line = child,
+            _ => break,
+        }
+    }
+    Ok(Frontier::empty(timeline, begin))
+}

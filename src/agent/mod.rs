@@ -1,0 +1,80 @@
+//! The agent: one task per cluster, the order in which they stop, and what the process ends with.
+//!
+//! Owns: spawning clusters, watching them for `--until`, the shutdown order.
+//! Does not own: signals and configuration (`cli/run.rs`), one cluster's life (`cluster.rs`).
+
+pub mod cluster;
+pub mod session;
+pub mod slot;
+mod standby;
+pub mod startup;
+pub mod world;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{ExitCode, Failure};
+use crate::wal::Lsn;
+use cluster::{ClusterAgent, Status};
+use world::{ClusterOptions, World};
+
+/// A cluster to serve, in its world.
+#[derive(Debug)]
+pub struct Assignment {
+    pub world: World,
+    pub options: ClusterOptions,
+}
+
+/// Serves every cluster until `stop`, or until none is left. One failing never touches another; the last
+/// failure is what the process ends with.
+pub async fn run(clusters: Vec<Assignment>, stop: CancellationToken, until: Option<Lsn>) -> Result<(), Failure> {
+    let mut running = JoinSet::new();
+    for Assignment { world, options } in clusters {
+        let name = options.name.clone();
+        let (agent, status) = ClusterAgent::new(world, options, stop.clone());
+        if let Some(until) = until {
+            tokio::spawn(stop_at(until, status, stop.clone()));
+        }
+        running.spawn(async move { (name, agent.run().await) });
+    }
+    let mut result = Ok(());
+    while let Some(ended) = running.join_next().await {
+        match ended {
+            Ok((_, Ok(()))) => {}
+            Ok((cluster, Err(failure))) => {
+                let hint = failure.hint.as_deref().unwrap_or_default();
+                tracing::error!(cluster, hint, "stopped: {failure}");
+                result = Err(failure.context(format_args!("cluster {cluster}")));
+            }
+            Err(error) => result = Err(Failure::new(ExitCode::Internal, format!("a cluster's task failed: {error}"))),
+        }
+    }
+    result
+}
+
+/// Stops the agent once everything up to `until` is durable.
+async fn stop_at(until: Lsn, mut status: watch::Receiver<Status>, stop: CancellationToken) {
+    loop {
+        let watched = status.borrow_and_update().watched.clone();
+        let Some(watched) = watched else {
+            if status.changed().await.is_err() {
+                return;
+            }
+            continue;
+        };
+        let mut progress = watched.progress.subscribe();
+        loop {
+            if progress.borrow_and_update().acknowledged() >= until {
+                return stop.cancel();
+            }
+            tokio::select! {
+                changed = progress.changed() => if changed.is_err() { break },
+                changed = status.changed() => match changed {
+                    Ok(()) => break,
+                    Err(_) => return,
+                },
+            }
+        }
+    }
+}

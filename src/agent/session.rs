@@ -1,0 +1,132 @@
+//! Owns: one stream of one timeline: the receiver, the encoding stage and the archiver, wired together; the
+//! order in which they end.
+//! Does not own: what any of them does, where the stream starts (`startup.rs`), what happens next (`cluster.rs`).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::world::{ClusterOptions, World};
+use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
+use crate::catalog::store::Archive;
+use crate::receiver::resume::Frontier;
+use crate::receiver::{
+    Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring,
+};
+use crate::replication::Connection;
+use crate::repository::layout::Epoch;
+use crate::wal::{Lsn, ScanOptions, Scanner};
+
+/// Pieces between receiver and encoder: each may hold a raw frame of 1 MiB. More would only be memory.
+const PIECES_MAX: usize = 2;
+/// Encoded pieces on their way to an archiver, which takes them at once: they count against the budget.
+const ENCODED_MAX: usize = 8;
+
+/// What a stream is about.
+#[derive(Debug)]
+pub struct Assignment {
+    pub frontier: Frontier,
+    pub scan: ScanOptions,
+    pub slot_restart: Lsn,
+    pub epoch: Epoch,
+    pub wal_sender_timeout: Duration,
+}
+
+/// What others may watch while a stream is under way.
+#[derive(Clone, Debug)]
+pub struct Watched {
+    pub progress: Arc<watch::Sender<Progress>>,
+    pub activity: Arc<watch::Sender<Activity>>,
+    pub health: StoreHealth,
+}
+
+/// How a stream ended: the receiver's word, and the archiver's, which decides when both have failed.
+#[derive(Debug)]
+pub struct Ended {
+    pub received: Result<StreamEnd, ReceiveError>,
+    pub archived: Result<(), ArchiveError>,
+}
+
+/// Streams until the timeline or the connection ends, or `stop` asks to drain. When this returns nothing of the
+/// session is left: the next one starts from what the repository holds.
+pub async fn run(
+    world: &World,
+    options: &ClusterOptions,
+    archive: &Archive,
+    connection: &mut Connection,
+    assignment: Assignment,
+    stop: CancellationToken,
+    watching: impl FnOnce(Watched),
+) -> Ended {
+    let frontier = &assignment.frontier;
+    let progress = Progress::new(frontier.segment_start, vec![frontier.stored()], 1, assignment.slot_restart);
+    let watched = Watched {
+        progress: Arc::new(watch::Sender::new(progress)),
+        activity: Arc::new(watch::Sender::new(Activity::Streaming)),
+        health: StoreHealth::default(),
+    };
+    watching(watched.clone());
+    let memory = MemoryBudget::new(options.memory_bytes);
+    let abort = CancellationToken::new();
+    let writer = Writer::new(archive.clone(), assignment.epoch, watched.health.clone(), abort.clone());
+    let archiver_options = ArchiverOptions {
+        timeline: frontier.timeline,
+        segment_size: assignment.scan.segment_size,
+        repository: 0,
+        held_bytes_max: options.memory_bytes / 4,
+    };
+    let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
+    let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);
+    let archiver =
+        Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
+    let mut archiver = tokio::spawn(archiver.run(encoded_input));
+    let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
+    let encoding = tokio::spawn(encoding);
+
+    let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
+    let wiring = Wiring {
+        pieces,
+        progress: watched.progress.clone(),
+        memory,
+        stop: stop.clone(),
+        activity: watched.activity.clone(),
+        clock: world.clock.clone(),
+    };
+    let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
+    let received = Receiver::new(connection, frontier, scanner, receiver_options, wiring).run().await;
+
+    // The receiver is gone and its channel closed: the archiver stores what it was given and ends. At the end of
+    // a timeline that may take as long as the store needs; otherwise as long as a stop may take.
+    let patience = async {
+        match &received {
+            Ok(StreamEnd::Timeline(_)) => stop.cancelled().await,
+            Ok(StreamEnd::Stopped { .. }) => return,
+            _ => {}
+        }
+        tokio::time::sleep(options.shutdown_grace).await;
+    };
+    let archived = tokio::select! {
+        biased;
+        archived = &mut archiver => archived,
+        () = patience => {
+            abort.cancel();
+            archiver.await
+        }
+    };
+    let archived = archived.expect("the archiver does not panic");
+    encoding.await.expect("the encoding stage does not panic");
+    Ended { received, archived }
+}
+
+fn receiver_options(options: &ClusterOptions, wal_sender_timeout: Duration) -> ReceiverOptions {
+    const STATUS_INTERVAL_MAX: Duration = Duration::from_secs(10);
+    const SILENCE_MAX: Duration = Duration::from_secs(30);
+    ReceiverOptions {
+        tail_interval: options.tail_interval,
+        status_interval: (wal_sender_timeout / 4).min(STATUS_INTERVAL_MAX),
+        silence: (wal_sender_timeout / 2).min(SILENCE_MAX),
+        shutdown_grace: options.shutdown_grace,
+    }
+}
