@@ -13,6 +13,8 @@ mod record;
 pub mod scanner;
 mod segment;
 mod summary;
+#[cfg(test)]
+mod tests;
 mod timeline;
 
 pub use lsn::{Lsn, ParseLsnError};
