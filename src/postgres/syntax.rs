@@ -42,8 +42,8 @@ fn parse_keywords(text: &str) -> Result<Vec<Pair>, ConninfoError> {
         let name = reader.keyword()?;
         let start = reader.at;
         let value = reader.value()?;
-        if name != "password" && swallowed_password(&value) {
-            return Err(syntax(start + 1, "the value here contains \"password=\"; is a quote, or a value, missing?"));
+        if name != "password" && name != "options" && swallowed_password(&value) {
+            return Err(syntax(start + 1, "the value here contains another connection string; is a quote missing?"));
         }
         let after_password = pairs.iter().any(|pair| pair.keyword.name == "password");
         let keyword = known(&name, after_password)?;
@@ -52,7 +52,11 @@ fn parse_keywords(text: &str) -> Result<Vec<Pair>, ConninfoError> {
 }
 
 /// After `user= password=x`, or with a quote missing, libpq takes the password for a user name, which logs would show.
+/// So it would with `host=postgresql://…`.
 fn swallowed_password(value: &str) -> bool {
+    if value.contains("://") {
+        return true;
+    }
     value.match_indices("password").any(|(i, word)| value[i + word.len()..].trim_start().starts_with('='))
 }
 
@@ -358,6 +362,7 @@ mod tests {
             "postgresql://h?user=a=canary",
             "host= password=canary",
             "user=' password = canary'",
+            "host=postgresql://u:canary@h",
             "user=' password='canary' port=1",
         ] {
             assert!(!refused(text).contains("canary"), "{text}: {}", refused(text));
