@@ -45,7 +45,8 @@ pub enum ConfigError {
     #[error("unknown key {key} in {source_place}{}", suggestion(.nearest))]
     UnknownKey { source_place: Source, key: String, nearest: Option<String> },
 
-    #[error("{what} is not available in this version ({source_place})")]
+    /// `what` with its verb: "[http] is", "several repositories are".
+    #[error("{what} not available in this version ({source_place})")]
     NotAvailable { source_place: Source, what: String },
 
     /// `value` is `None` where it could be secret.
@@ -59,7 +60,7 @@ pub enum ConfigError {
     Conflict { source_place: Source, first: String, second: String },
 
     #[error("could not understand {key} ({source_place})")]
-    Postgres { source_place: Source, key: String, source: ConninfoError },
+    Postgres { source_place: Source, key: String, source: Box<ConninfoError> },
 
     #[error("{key} names repository \"{name}\", which is not configured ({source_place})")]
     UnknownRepository { source_place: Source, key: String, name: String, known: Vec<String> },
@@ -110,6 +111,9 @@ impl Advice for ConfigError {
                 "add [repositories.NAME] with url = \"file:///absolute/path\"".to_string()
             }
             ConfigError::UnknownRepository { known, .. } => format!("configured: {}", known.join(", ")),
+            ConfigError::UnknownCluster { known, .. } if known.is_empty() => {
+                "without a configuration file the one cluster is called main".to_string()
+            }
             ConfigError::UnknownCluster { known, .. } => format!("configured: {}", known.join(", ")),
             ConfigError::SeveralClusters { .. } => "say which one with --cluster NAME".to_string(),
         })

@@ -156,7 +156,7 @@ fn variable_path(variable: &str, source: &Source) -> Result<(Group, String, Stri
     let (head, rest) = path.split_once("__").unwrap_or((&path, ""));
     let Some(group) = Group::ALL.into_iter().find(|group| group.name() == head) else {
         if LATER_TABLES.contains(&head) {
-            return Err(ConfigError::NotAvailable { source_place: source.clone(), what: format!("[{head}]") });
+            return Err(ConfigError::NotAvailable { source_place: source.clone(), what: format!("[{head}] is") });
         }
         let group = nearest(head, Group::ALL.into_iter().map(Group::name));
         return Err(unknown(group.map(|group| format!("{VARIABLE_PREFIX}{}__…", group.to_uppercase()))));
@@ -168,7 +168,7 @@ fn variable_path(variable: &str, source: &Source) -> Result<(Group, String, Stri
 
 fn unknown_table(key: &str, source_place: Source) -> ConfigError {
     if LATER_TABLES.contains(&key) {
-        return ConfigError::NotAvailable { source_place, what: format!("[{key}]") };
+        return ConfigError::NotAvailable { source_place, what: format!("[{key}] is") };
     }
     let near = nearest(key, Group::ALL.into_iter().map(Group::name));
     ConfigError::UnknownKey { source_place, key: key.to_string(), nearest: near.map(str::to_string) }
@@ -187,7 +187,7 @@ fn known_key(group: Group, name: &str, key: &str, source: &Source) -> Result<&'s
     let full = |key: &str| format!("{}.{name}.{key}", group.name());
     let source_place = source.clone();
     if group.later().contains(&key) {
-        return Err(ConfigError::NotAvailable { source_place, what: full(key) });
+        return Err(ConfigError::NotAvailable { source_place, what: full(key) + " is" });
     }
     let nearest = group.nearest(key).map(str::to_string);
     Err(ConfigError::UnknownKey { source_place, key: full(key), nearest })

@@ -406,7 +406,7 @@ fn conninfo(
     let parsed = Conninfo::parse(&text, environment).map_err(|source| ConfigError::Postgres {
         source_place: section.source(key),
         key: section.key(key),
-        source,
+        source: Box::new(source),
     })?;
     match password_file {
         Some(_) if parsed.password_in_string() => Err(conflict("password_file", key)),
@@ -434,7 +434,7 @@ fn slot(section: &Section<'_>) -> Result<String, ConfigError> {
 fn check_acknowledge(section: &Section<'_>) -> Result<(), ConfigError> {
     match section.text("acknowledge")? {
         None | Some("repository") => Ok(()),
-        Some("spool") => Err(section.not_available("acknowledge", "acknowledge = \"spool\"")),
+        Some("spool") => Err(section.not_available("acknowledge", "acknowledge = \"spool\" is")),
         Some(other) => Err(section.invalid("acknowledge", Some(other), "\"repository\"")),
     }
 }
@@ -467,7 +467,7 @@ fn cluster_repository(section: &Section<'_>, tree: &Tree) -> Result<RepositoryCo
                 example,
             });
         }
-        _ if given => return Err(section.not_available(KEY, "several repositories")),
+        _ if given => return Err(section.not_available(KEY, "several repositories are")),
         _ => return Err(ConfigError::Missing { key: section.key(KEY), example: format!("[\"{}\"]", known[0]) }),
     };
     let Some(table) = tree.table(Group::Repositories, name) else {
@@ -492,7 +492,7 @@ fn location(section: &Section<'_>, url: &str) -> Result<Location, ConfigError> {
     let wrong = || section.invalid("url", Some(url), EXPECTED);
     let scheme = url.split_once("://").map(|(scheme, _)| scheme);
     if let Some(scheme @ ("s3" | "gs" | "az" | "azure" | "http" | "https" | "sftp")) = scheme {
-        return Err(section.not_available("url", format!("a repository at {scheme}://")));
+        return Err(section.not_available("url", format!("a repository at {scheme}:// is")));
     }
     let path = url.strip_prefix("file://").ok_or_else(wrong)?;
     let path = percent_encoding::percent_decode_str(path).decode_utf8().map_err(|_| wrong())?;

@@ -275,6 +275,7 @@ mod tests {
         assert_eq!(pairs(text), expected, "{text}");
     }
 
+    /// These and the URIs below were compared with `PQconninfoParse` of libpq 15.
     #[test]
     fn keywords_are_quoted_as_in_libpq() {
         check("", &[]);
@@ -344,6 +345,9 @@ mod tests {
         check("postgresql://u:p?w@h", &[("user", "u"), ("password", "p?w"), ("host", "h")]);
         check("postgresql://h?user=a%20b", &[("host", "h"), ("user", "a b")]);
         check("postgresql://h?ssl=true", &[("host", "h"), ("sslmode", "require")]);
+        check("postgresql://u:p:q@h/a/b", &[("user", "u"), ("password", "p:q"), ("host", "h"), ("dbname", "a/b")]);
+        check("postgresql://:pw@h/?", &[("password", "pw"), ("host", "h")]);
+        check("postgresql://h?user=", &[("host", "h"), ("user", "")]);
         check("postgresql://h?user=a&", &[("host", "h"), ("user", "a")]);
     }
 
