@@ -42,8 +42,8 @@ fn parse_keywords(text: &str) -> Result<Vec<Pair>, ConninfoError> {
         let name = reader.keyword()?;
         let start = reader.at;
         let value = reader.value()?;
-        if name != "password" && swallowed_password(&value) {
-            return Err(syntax(start + 1, "the value here contains \"password=\"; is a quote, or a value, missing?"));
+        if name != "password" && name != "options" && swallowed_password(&value) {
+            return Err(syntax(start + 1, "the value here contains another connection string; is a quote missing?"));
         }
         let after_password = pairs.iter().any(|pair| pair.keyword.name == "password");
         let keyword = known(&name, after_password)?;
@@ -52,7 +52,11 @@ fn parse_keywords(text: &str) -> Result<Vec<Pair>, ConninfoError> {
 }
 
 /// After `user= password=x`, or with a quote missing, libpq takes the password for a user name, which logs would show.
+/// So it would with `host=postgresql://…`.
 fn swallowed_password(value: &str) -> bool {
+    if value.contains("://") {
+        return true;
+    }
     value.match_indices("password").any(|(i, word)| value[i + word.len()..].trim_start().starts_with('='))
 }
 
@@ -271,6 +275,7 @@ mod tests {
         assert_eq!(pairs(text), expected, "{text}");
     }
 
+    /// These and the URIs below were compared with `PQconninfoParse` of libpq 15.
     #[test]
     fn keywords_are_quoted_as_in_libpq() {
         check("", &[]);
@@ -340,6 +345,9 @@ mod tests {
         check("postgresql://u:p?w@h", &[("user", "u"), ("password", "p?w"), ("host", "h")]);
         check("postgresql://h?user=a%20b", &[("host", "h"), ("user", "a b")]);
         check("postgresql://h?ssl=true", &[("host", "h"), ("sslmode", "require")]);
+        check("postgresql://u:p:q@h/a/b", &[("user", "u"), ("password", "p:q"), ("host", "h"), ("dbname", "a/b")]);
+        check("postgresql://:pw@h/?", &[("password", "pw"), ("host", "h")]);
+        check("postgresql://h?user=", &[("host", "h"), ("user", "")]);
         check("postgresql://h?user=a&", &[("host", "h"), ("user", "a")]);
     }
 
@@ -358,6 +366,7 @@ mod tests {
             "postgresql://h?user=a=canary",
             "host= password=canary",
             "user=' password = canary'",
+            "host=postgresql://u:canary@h",
             "user=' password='canary' port=1",
         ] {
             assert!(!refused(text).contains("canary"), "{text}: {}", refused(text));

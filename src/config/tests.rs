@@ -1,0 +1,366 @@
+use super::*;
+use crate::error::{Advice, ExitCode, Failure};
+use crate::postgres::{MemoryEnvironment, Purpose};
+
+const SIMPLE: &str = r#"
+[clusters.main]
+postgres = "host=db1,db2 user=seawall"
+repositories = ["local"]
+
+[repositories.local]
+url = "file:///var/lib/seawall"
+"#;
+
+fn environment(text: &str) -> MemoryEnvironment {
+    MemoryEnvironment::new().with_file("seawall.toml", 0o640, text)
+}
+
+fn load(environment: &MemoryEnvironment, flags: Flags) -> Result<Loaded, ConfigError> {
+    Config::load(Sources { path: None, environment, flags: &flags })
+}
+
+#[track_caller]
+fn only(text: &str) -> ClusterConfig {
+    let loaded = load(&environment(text), Flags::default()).unwrap();
+    loaded.config.cluster(None).unwrap().clone()
+}
+
+fn refused(text: &str) -> ConfigError {
+    load(&environment(text), Flags::default()).unwrap_err()
+}
+
+/// `SIMPLE` with a line more in the cluster's table, which is line 5.
+fn with(line: &str) -> String {
+    SIMPLE.replace("repositories = [\"local\"]\n", &format!("repositories = [\"local\"]\n{line}\n"))
+}
+
+fn flags(postgres: &str, repository_url: &str, slot: &str) -> Flags {
+    let given = |text: &str| (!text.is_empty()).then(|| text.to_string());
+    Flags { cluster: None, postgres: given(postgres), repository_url: given(repository_url), slot: given(slot) }
+}
+
+#[test]
+fn file_is_read_with_defaults() {
+    let cluster = only(SIMPLE);
+    assert_eq!((cluster.name.as_str(), cluster.slot.as_str()), ("main", "seawall"));
+    assert_eq!(cluster.postgres.hosts_summary(), "db1:5432, db2:5432");
+    assert_eq!(cluster.repository.location, Location::Local("/var/lib/seawall".into()));
+    assert_eq!((cluster.tail_interval, cluster.shutdown_grace), (Duration::from_secs(5), Duration::from_secs(10)));
+    assert_eq!(cluster.memory_bytes, 32 << 20);
+    let loaded = load(&environment(SIMPLE), Flags::default()).unwrap();
+    assert_eq!((loaded.path.as_deref(), loaded.warnings.len()), (Some(Path::new("seawall.toml")), 0));
+}
+
+#[test]
+fn unknown_keys_name_file_line_and_neighbour() {
+    for (text, expected) in [
+        (with("solt = \"x\""), "unknown key clusters.main.solt in seawall.toml:5; did you mean slot?"),
+        (with("xyzzy = 1"), "unknown key clusters.main.xyzzy in seawall.toml:5"),
+        (with("[cluster.b]"), "unknown key cluster in seawall.toml:5; did you mean clusters?"),
+        (format!("{SIMPLE}uri = \"x\""), "unknown key repositories.local.uri in seawall.toml:8; did you mean url?"),
+        (with("[clusters.main.bakcup]"), "unknown key clusters.main.bakcup in seawall.toml:5"),
+        (with("protect = \"primary\""), "clusters.main.protect is not available in this version (seawall.toml:5)"),
+        (with("[clusters.main.backup]"), "clusters.main.backup is not available in this version (seawall.toml:5)"),
+        (with("[http]"), "[http] is not available in this version (seawall.toml:5)"),
+    ] {
+        let error = refused(&text);
+        assert!(error.to_string().starts_with(expected), "{error}");
+        assert_eq!(error.exit_code(), ExitCode::Config);
+    }
+}
+
+#[test]
+fn bad_values_show_what_is_expected() {
+    for (line, expected) in [
+        (
+            "tail_interval = \"5\"",
+            "invalid clusters.main.tail_interval \"5\" in seawall.toml:5: expected a duration such as \"500ms\", \
+             \"5s\", \"10min\", \"2h\" or \"14d\", 100ms to 1h",
+        ),
+        ("tail_interval = 5", "such as \"5s\", not a integer"),
+        ("tail_interval = \"99ms\"", "100ms to 1h"),
+        ("tail_interval = \"61min\"", "100ms to 1h"),
+        ("shutdown_grace = \"2h\"", "0s to 1h"),
+        ("memory = \"7MiB\"", "a size such as \"32MiB\" or \"64GiB\", at least 8MiB"),
+        ("memory = \"32\"", "at least 8MiB"),
+        ("slot = \"Sea-Wall\"", "1 to 63 characters"),
+        ("slot = \"\"", "1 to 63 characters"),
+        ("acknowledge = \"yes\"", "expected \"repository\""),
+        ("acknowledge = \"spool\"", "acknowledge = \"spool\" is not available in this version"),
+        ("password_file = \"secret\"", "an absolute path"),
+        ("slot = \"a\"\nslot = \"b\"", "seawall.toml:6: duplicate key"),
+        ("slot = \"a", "seawall.toml:5"),
+        ("slot = [\"a\"]", "not a list"),
+    ] {
+        let error = refused(&with(line)).to_string();
+        assert!(error.contains(expected), "{line}: {error}");
+    }
+    assert_eq!(only(&with("tail_interval = \"100ms\"")).tail_interval, Duration::from_millis(100));
+    assert_eq!(only(&with("memory = \"8MiB\"")).memory_bytes, 8 << 20);
+}
+
+#[test]
+fn names_are_checked() {
+    for name in ["Main", "a-b", "a__b", "\"\"", "\"a/b\"", "\"..\"", &"x".repeat(41)] {
+        let error = refused(&SIMPLE.replace("clusters.main", &format!("clusters.{name}"))).to_string();
+        assert!(error.contains("seawall.toml:2") && error.contains("1 to 40 characters"), "{error}");
+    }
+    assert_eq!(only(&SIMPLE.replace("clusters.main", "clusters.a_1")).name, "a_1");
+}
+
+#[test]
+fn repository_urls_are_absolute_files() {
+    let url = |url: &str| refused(&SIMPLE.replace("file:///var/lib/seawall", url)).to_string();
+    for bad in
+        ["file://var/lib", "var/lib", "/var/lib", "file:///", "file://", "file:///a/../b", "file:///a?b", "ftp://x"]
+    {
+        assert!(url(bad).contains("file:///var/lib/seawall"), "{}", url(bad));
+    }
+    assert!(url("s3://bucket/prefix").contains("a repository at s3:// is not available in this version"));
+    assert!(!url("s3://key:canary@bucket").contains("canary"));
+    let spaced = only(&SIMPLE.replace("/var/lib/seawall", "/var/lib/sea%20wall"));
+    assert_eq!(spaced.repository.location, Location::Local("/var/lib/sea wall".into()));
+}
+
+#[test]
+fn a_cluster_has_one_repository() {
+    let several = refused(&SIMPLE.replace("[\"local\"]", "[\"local\", \"b\"]"));
+    assert_eq!(several.to_string(), "several repositories are not available in this version (seawall.toml:4)");
+    let unknown = refused(&SIMPLE.replace("[\"local\"]", "[\"lcoal\"]"));
+    assert_eq!(unknown.hint().unwrap(), "configured: local");
+    assert!(refused(&SIMPLE.replace("[\"local\"]", "[]")).to_string().contains("a list with one name"));
+    assert!(refused(&SIMPLE.replace("[\"local\"]", "\"local\"")).to_string().contains("a list with one name"));
+    let left_out = SIMPLE.replace("repositories = [\"local\"]\n", "");
+    assert_eq!(only(&left_out).repository.name, "local");
+    let two = format!("{left_out}[repositories.other]\nurl = \"file:///x\"\n");
+    assert_eq!(refused(&two).to_string(), "clusters.main.repositories is missing");
+    let no_url = SIMPLE.replace("url = \"file:///var/lib/seawall\"", "");
+    assert_eq!(refused(&no_url).to_string(), "repositories.local.url is missing");
+    assert!(refused("[clusters.main]\n").to_string().contains("--repository"));
+}
+
+#[test]
+fn variables_win_over_the_file_and_flags_over_both() {
+    let environment = environment(&with("slot = \"file\""));
+    assert_eq!(load(&environment, Flags::default()).unwrap().config.clusters[0].slot, "file");
+    let environment = environment.with_var("SEAWALL__CLUSTERS__MAIN__SLOT", "variable");
+    assert_eq!(load(&environment, Flags::default()).unwrap().config.clusters[0].slot, "variable");
+    let loaded = load(&environment, flags("host=flag", "file:///flag", "flag")).unwrap();
+    let cluster = &loaded.config.clusters[0];
+    assert_eq!((cluster.slot.as_str(), cluster.postgres.hosts_summary().as_str()), ("flag", "flag:5432"));
+    assert_eq!(cluster.repository.location, Location::Local("/flag".into()));
+}
+
+#[test]
+fn every_key_can_be_a_variable() {
+    for doc in reference() {
+        let variable = format!("SEAWALL__{}", doc.key.replace('.', "__").replace("NAME", "X").to_uppercase());
+        let value = doc.example.trim_matches(['[', ']', '"']);
+        let mut environment = MemoryEnvironment::new()
+            .with_var("SEAWALL__REPOSITORIES__LOCAL__URL", "file:///x")
+            .with_var("SEAWALL__CLUSTERS__X__REPOSITORIES", "local")
+            .with_file("/run/secrets/postgres-dsn", 0o600, "host=db")
+            .with_var(&variable, value);
+        if doc.key.starts_with("repositories") {
+            environment = environment.with_var("SEAWALL__CLUSTERS__X__REPOSITORIES", "x");
+        }
+        let loaded = load(&environment, Flags::default()).unwrap();
+        assert_eq!(loaded.config.clusters[0].name, "x", "{variable}");
+    }
+    for (variable, expected) in [
+        ("SEAWALL__CLUSTERS__MAIN__SOLT", "did you mean slot?"),
+        ("SEAWALL__CLUSTER__MAIN__SLOT", "did you mean SEAWALL__CLUSTERS__…?"),
+        ("SEAWALL__CLUSTERS__SLOT", "did you mean SEAWALL__CLUSTERS__NAME__KEY?"),
+        ("SEAWALL__HTTP__LISTEN", "not available in this version"),
+        ("SEAWALL__CLUSTERS__A__B__SLOT", "1 to 40 characters"),
+    ] {
+        let error = load(&environment(SIMPLE).with_var(variable, "canary"), Flags::default()).unwrap_err().to_string();
+        assert!(error.contains(expected) && error.contains(variable) && !error.contains("canary"), "{error}");
+    }
+    // Names may begin and end with an underscore.
+    let environment = environment(SIMPLE).with_var("SEAWALL__CLUSTERS___A___SLOT", "s");
+    assert_eq!(load(&environment, Flags::default()).unwrap().config.cluster(Some("_a_")).unwrap().slot, "s");
+}
+
+/// The table of keys and the parser say the same: each example is accepted, each default is what holds without it.
+#[test]
+fn reference_and_parser_agree() {
+    for doc in reference() {
+        let (table, key) = doc.key.rsplit_once('.').unwrap();
+        let table = table.replace("NAME", "local");
+        let text = match table.starts_with("repositories") {
+            true => format!("[clusters.c]\n[{table}]\n{key} = {}\n", doc.example),
+            false => format!("[{table}]\n{key} = {}\n[repositories.local]\nurl = \"file:///x\"\n", doc.example),
+        };
+        let environment = environment(&text).with_file("/run/secrets/postgres-dsn", 0o600, "host=db");
+        let accepted = load(&environment, Flags::default());
+        assert!(accepted.is_ok(), "{}: {accepted:?}", doc.key);
+        assert!(!doc.effect.is_empty() && !doc.kind.is_empty());
+
+        let Some(default) = doc.default.filter(|default| default.starts_with('"') && default.ends_with('"')) else {
+            continue;
+        };
+        let plain = "[clusters.c]\n[repositories.local]\nurl = \"file:///x\"\n";
+        let spelled = plain.replace("[clusters.c]\n", &format!("[clusters.c]\n{key} = {default}\n"));
+        assert_eq!(format!("{:?}", only(plain)), format!("{:?}", only(&spelled)), "{}", doc.key);
+    }
+}
+
+#[test]
+fn flags_alone_describe_main() {
+    let empty = MemoryEnvironment::new();
+    let loaded = load(&empty, flags("host=db user=me", "file:///repo", "s")).unwrap();
+    let cluster = loaded.config.cluster(Some("main")).unwrap();
+    assert_eq!((cluster.repository.name.as_str(), cluster.slot.as_str()), ("main", "s"));
+    assert_eq!(loaded.path, None);
+
+    let error = load(&empty, Flags::default()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "no configuration: seawall.toml, /etc/seawall/seawall.toml not found, and nothing given by flags or variables"
+    );
+    assert!(error.hint().unwrap().contains("--repository file:///"));
+    assert_eq!(error.exit_code(), ExitCode::Config);
+
+    let named = |name: &str| Flags { cluster: Some(name.into()), ..flags("host=db", "file:///repo", "") };
+    assert_eq!(load(&empty, named("main")).unwrap().config.clusters[0].name, "main");
+    let error = load(&empty, named("x")).unwrap_err();
+    assert_eq!(error.hint().unwrap(), "without a configuration file the one cluster is called main");
+
+    for bad in [flags("hots=x", "file:///r", ""), flags("", "file://r", ""), flags("", "file:///r", "A")] {
+        assert_eq!(load(&empty, bad).unwrap_err().exit_code(), ExitCode::Usage);
+    }
+}
+
+#[test]
+fn flags_beside_several_clusters_need_a_name() {
+    let text = format!("{SIMPLE}[clusters.other]\n");
+    let environment = environment(&text);
+    let error = load(&environment, flags("", "file:///f", "")).unwrap_err();
+    assert_eq!(
+        (error.to_string().as_str(), error.exit_code()),
+        ("several clusters are configured: main, other", ExitCode::Usage)
+    );
+    let named = Flags { cluster: Some("main".into()), ..flags("", "file:///f", "") };
+    let config = load(&environment, named).unwrap().config;
+    assert_eq!(config.cluster(Some("main")).unwrap().repository.url, "file:///f");
+    assert_eq!(config.cluster(Some("other")).unwrap().repository.url, "file:///var/lib/seawall");
+    assert!(matches!(config.cluster(None), Err(ConfigError::SeveralClusters { .. })));
+    assert_eq!(config.cluster(Some("x")).unwrap_err().hint().unwrap(), "configured: main, other");
+}
+
+#[test]
+fn files_are_searched_in_order() {
+    let both = MemoryEnvironment::new()
+        .with_file("/etc/seawall/seawall.toml", 0o644, &with("slot = \"etc\""))
+        .with_file("/named", 0o644, &with("slot = \"named\""));
+    let slot = |environment: &MemoryEnvironment, path: Option<&str>| {
+        let flags = Flags::default();
+        let loaded = Config::load(Sources { path: path.map(Path::new), environment, flags: &flags });
+        loaded.map(|loaded| loaded.config.clusters[0].slot.clone())
+    };
+    assert_eq!(slot(&both, None).unwrap(), "etc");
+    assert_eq!(slot(&both, Some("/named")).unwrap(), "named");
+    assert_eq!(slot(&both.clone().with_var("SEAWALL_CONFIG", "/named"), None).unwrap(), "named");
+    let here = both.clone().with_file("seawall.toml", 0o644, &with("slot = \"here\""));
+    assert_eq!(slot(&here, None).unwrap(), "here");
+    let missing = slot(&both, Some("/missing")).unwrap_err();
+    assert!(missing.to_string().starts_with("could not read /missing: "));
+    assert_eq!(missing.exit_code(), ExitCode::Config);
+    let denied = slot(&both.clone().with_unreadable("seawall.toml"), None).unwrap_err();
+    assert_eq!(denied.exit_code(), ExitCode::Permission);
+    assert_eq!(denied.hint().unwrap(), "may the user seawall runs as read seawall.toml?");
+}
+
+#[test]
+fn file_writable_by_others_is_refused() {
+    for mode in [0o660, 0o602, 0o666] {
+        let error =
+            load(&MemoryEnvironment::new().with_file("seawall.toml", mode, SIMPLE), Flags::default()).unwrap_err();
+        assert_eq!(error.exit_code(), ExitCode::Config);
+        assert_eq!(error.hint().unwrap(), "whoever writes it decides where WAL goes; run: chmod go-w seawall.toml");
+    }
+}
+
+#[test]
+fn secrets_can_come_from_files() {
+    let environment = environment(&with("password_file = \"/pw\"")).with_file("/pw", 0o600, "canary\n");
+    let config = load(&environment, Flags::default()).unwrap().config;
+    let logins = config.clusters[0].postgres.logins(Purpose::Physical, &environment).unwrap().logins;
+    assert_eq!(logins.len(), 2);
+    assert!(logins.iter().all(|login| login.password.as_ref().unwrap().expose() == "canary"));
+
+    let both = with("password_file = \"/pw\"").replace("user=seawall", "user=seawall password=canary");
+    let error = refused(&both).to_string();
+    assert!(error.contains("clusters.main.password_file and clusters.main.postgres are both given"), "{error}");
+
+    let file = SIMPLE.replace("postgres = \"host=db1,db2 user=seawall\"", "postgres_file = \"/dsn\"");
+    let environment = self::environment(&file).with_file("/dsn", 0o600, "host=secret password=canary\n");
+    let loaded = load(&environment, Flags::default()).unwrap();
+    assert_eq!(
+        (loaded.config.clusters[0].postgres.hosts_summary().as_str(), loaded.warnings.len()),
+        ("secret:5432", 0)
+    );
+    let replaced = load(&environment, flags("host=flag", "", "")).unwrap();
+    assert_eq!(replaced.config.clusters[0].postgres.hosts_summary(), "flag:5432");
+    let error = refused(&with("postgres_file = \"/dsn\"")).to_string();
+    assert!(error.contains("clusters.main.postgres and clusters.main.postgres_file are both given"), "{error}");
+}
+
+#[test]
+fn readable_password_is_warned_of() {
+    let text = SIMPLE.replace("user=seawall", "user=seawall password=canary");
+    let warnings = |mode| {
+        let environment = MemoryEnvironment::new().with_file("seawall.toml", mode, &text);
+        load(&environment, Flags::default()).unwrap().warnings
+    };
+    assert_eq!(warnings(0o600), Vec::<String>::new());
+    assert!(warnings(0o644)[0].contains("others may read it (mode 0644)"));
+}
+
+#[test]
+fn example_reads_back_without_the_password() {
+    let text = with("slot = \"s\"\ntail_interval = \"1500ms\"\nmemory = \"1GiB\"")
+        .replace("user=seawall", "user='a \\\\'b' password=canary options='-c x=y'");
+    let loaded = load(&environment(&text), Flags::default()).unwrap();
+    let example = loaded.config.to_example_toml();
+    assert!(!example.contains("canary") && example.contains("# password_file"), "{example}");
+    let again = only(&example);
+    assert_eq!(format!("{:?}", loaded.config.clusters[0]), format!("{again:?}"));
+    assert_eq!(again.postgres.to_keywords(), loaded.config.clusters[0].postgres.to_keywords());
+}
+
+#[test]
+fn connection_string_mistakes_tell_where_and_why() {
+    let error = refused(&SIMPLE.replace("host=db1", "password=canary sslmode=verify-full host=db1"));
+    let failure = Failure::from(error);
+    assert_eq!(
+        failure.message,
+        "could not understand clusters.main.postgres (seawall.toml:3): \
+         sslmode=verify-full is not available in this version (asked for in the connection string)"
+    );
+    assert!(failure.hint.unwrap().contains("without verifying certificates"));
+    assert_eq!(failure.exit_code, ExitCode::Config);
+}
+
+/// However the file is broken around it: no message, hint or Debug shows the password.
+#[test]
+fn password_is_never_shown() {
+    let good = SIMPLE.replace("user=seawall", "user=seawall password=canary");
+    let shown = |text: &str| match load(&environment(text), Flags::default()) {
+        Ok(loaded) => format!("{loaded:?}"),
+        Err(error) => format!("{error} {error:?} {:?} {}", error.hint(), Failure::from(error.clone())),
+    };
+    // Cut anywhere, or with any one character lost or replaced.
+    for i in 0..good.len() {
+        let (before, after) = good.split_at(i);
+        let mut rest = after.chars();
+        let lost = rest.next();
+        for text in [before.to_string(), format!("{before}{}", rest.as_str()), format!("{before}\"{}", rest.as_str())] {
+            // A password that lost its keyword's name is a host or user name to anybody.
+            let keyword_whole = text.contains("password=canary");
+            assert!(!shown(&text).contains("canary") || !keyword_whole, "{lost:?}: {text}\n{}", shown(&text));
+        }
+    }
+    assert!(!format!("{:?}", flags("password=canary", "", "")).contains("canary"));
+}
