@@ -878,8 +878,9 @@ mod tests {
             let permissions = std::fs::Permissions::from_mode(mode);
             std::fs::set_permissions(directory.path().join(name), permissions).unwrap();
         }
-        match child("child_without_permission", directory.path()).uid(65534).gid(65534).status() {
-            Ok(status) => assert!(status.success()),
+        let mut child = child("child_without_permission", directory.path());
+        match child.uid(65534).gid(65534).stdout(Stdio::piped()).output() {
+            Ok(output) => assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{output:?}"),
             Err(error) => eprintln!("skipped: another user cannot run the test binary: {error}"),
         }
     }
@@ -936,5 +937,108 @@ mod tests {
         }
         assert_eq!(backend.clean_debris(Duration::ZERO).await.unwrap(), temps.len());
         assert_eq!(files(directory.path()), objects);
+    }
+
+    /// Runs an ignored test with system calls failing as `inject` says (strace's words); `false` when it cannot.
+    fn child_with_failing_calls(test: &str, root: &Path, inject: &[&str]) -> bool {
+        let traces = |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        if !traces(Command::new("strace").arg("true")).is_ok_and(|status| status.success()) {
+            eprintln!("skipped: strace is not installed, or may not trace");
+            return false;
+        }
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-o", "/dev/null"]);
+        for call in inject {
+            command.args(["-e", &format!("inject={call}")]);
+        }
+        let child = child(test, root);
+        command.arg(child.get_program()).args(child.get_args()).env(CHILD_ROOT, root);
+        assert!(traces(&mut command).unwrap().success(), "{test} failed with {inject:?}");
+        std::fs::remove_file(root.join(CHILD_WAS_HERE)).expect("the child ran");
+        true
+    }
+
+    /// Left by a child that came to its end, so that a test that runs no child does not pass.
+    const CHILD_WAS_HERE: &str = "child_was_here";
+
+    fn child_done() {
+        std::fs::write(Path::new(&std::env::var_os(CHILD_ROOT).unwrap()).join(CHILD_WAS_HERE), "").unwrap();
+    }
+
+    #[tokio::test]
+    #[ignore = "a child process of `a_file_whose_fsync_failed_is_discarded`"]
+    async fn child_whose_first_put_fails() {
+        let Some(backend) = child_backend() else { return };
+        let first = backend.put_new(&Key::new("object"), &[Bytes::from_static(b"first")]).await;
+        assert_eq!(kind(first), StoreErrorKind::Unavailable);
+        child_done();
+    }
+
+    /// The first fsync is the root's, the second the file's, the third the directory's.
+    #[test]
+    fn a_file_whose_fsync_failed_is_discarded() {
+        let (directory, _) = scratch();
+        let fails = |nth: &str| {
+            let inject = format!("fsync:error=EIO:when={nth}");
+            child_with_failing_calls("child_whose_first_put_fails", directory.path(), &[&inject])
+        };
+        if !fails("2") {
+            return;
+        }
+        assert_eq!(files(directory.path()), [] as [PathBuf; 0], "neither the object nor its temporary file");
+        fails("3");
+        let object = directory.path().join("object");
+        assert_eq!(
+            files(directory.path()),
+            std::slice::from_ref(&object),
+            "whole, but its writer was told of a failure"
+        );
+        assert_eq!(std::fs::read(object).unwrap(), b"first");
+    }
+
+    #[tokio::test]
+    #[ignore = "a child process of `odd_answers_of_the_system_are_coped_with`"]
+    async fn child_that_conforms() {
+        let Some(backend) = child_backend() else { return };
+        let scratch = Key::new("scratch");
+        conformance::put_new_refuses_overwrite(&backend, &scratch).await;
+        conformance::parts_are_concatenated(&backend, &Key::new("parts")).await;
+        conformance::an_upload_refuses_a_taken_name(&backend, &Key::new("uploads")).await;
+        conformance::of_two_concurrent_puts_one_wins(&backend, &Key::new("race")).await;
+        child_done();
+    }
+
+    #[test]
+    fn odd_answers_of_the_system_are_coped_with() {
+        for inject in [
+            &["renameat2:error=EINVAL"][..],
+            &["renameat2:error=ENOSYS"],
+            &["writev:error=EINTR:when=1+3", "fsync:error=EINTR:when=1+2"],
+            &["flock:error=ENOLCK"],
+        ] {
+            let (directory, _) = scratch();
+            if !child_with_failing_calls("child_that_conforms", directory.path(), inject) {
+                return;
+            }
+            assert!(!files(directory.path()).iter().any(|path| is_temp(path)), "{inject:?} left debris");
+        }
+    }
+
+    #[tokio::test]
+    #[ignore = "a child process of `neither_rename_nor_link_is_unsupported`"]
+    async fn child_that_cannot_name() {
+        let Some(backend) = child_backend() else { return };
+        let put = backend.put_new(&Key::new("object"), &body(1)).await;
+        assert_eq!(kind(put), StoreErrorKind::Unsupported);
+        child_done();
+    }
+
+    /// Rather than the rename that would overwrite.
+    #[test]
+    fn neither_rename_nor_link_is_unsupported() {
+        let (directory, _) = scratch();
+        let inject = ["renameat2:error=EINVAL", "linkat:error=EPERM"];
+        child_with_failing_calls("child_that_cannot_name", directory.path(), &inject);
+        assert_eq!(files(directory.path()), [] as [PathBuf; 0]);
     }
 }
