@@ -21,7 +21,8 @@
 //! * fsync, not fdatasync: a new inode has to be written in either case, so fdatasync would save nothing
 //!   (it would flush size and extents too), while fsync covers owner and mode as well.
 //!
-//! Assumed of the disk: a completed flush is durable; a rename inside one directory is atomic.
+//! Assumed of the disk: a completed flush is durable; a rename inside one directory is atomic; a file system that
+//! cannot sync a directory (`EINVAL`) keeps its names by other means.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -82,7 +83,11 @@ impl Directory {
 
     /// Makes the names in this directory durable: those added, those renamed, those removed.
     pub fn sync(&self) -> io::Result<()> {
-        retry_interrupted(|| rustix::fs::fsync(&self.0))
+        retry_interrupted(|| match rustix::fs::fsync(&self.0) {
+            // A file system without the call (some network ones): its rename is all there is. PostgreSQL goes on too.
+            Err(Errno::INVAL) => Ok(()),
+            result => result,
+        })
     }
 
     /// Device and inode: what tells a volume from the empty directory it was mounted on.
