@@ -47,7 +47,7 @@ impl fmt::Debug for Key {
 /// One name found by [`Backend::list`]: the last path component only.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Entry {
-    /// Something lies below this name.
+    /// Something lies, or is being written, below this name.
     Directory(String),
     Object {
         name: String,

@@ -21,7 +21,8 @@
 //! * fsync, not fdatasync: a new inode has to be written in either case, so fdatasync would save nothing
 //!   (it would flush size and extents too), while fsync covers owner and mode as well.
 //!
-//! Assumed of the disk: a completed flush is durable; a rename inside one directory is atomic.
+//! Assumed of the disk: a completed flush is durable; a rename inside one directory is atomic; a file system that
+//! cannot sync a directory (`EINVAL`) keeps its names by other means.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -82,7 +83,11 @@ impl Directory {
 
     /// Makes the names in this directory durable: those added, those renamed, those removed.
     pub fn sync(&self) -> io::Result<()> {
-        retry_interrupted(|| rustix::fs::fsync(&self.0))
+        retry_interrupted(|| match rustix::fs::fsync(&self.0) {
+            // A file system without the call (some network ones): its rename is all there is. PostgreSQL goes on too.
+            Err(Errno::INVAL) => Ok(()),
+            result => result,
+        })
     }
 
     /// Device and inode: what tells a volume from the empty directory it was mounted on.
@@ -275,5 +280,93 @@ fn retry_interrupted(mut call: impl FnMut() -> Result<(), Errno>) -> io::Result<
             Err(Errno::INTR) => {}
             result => return result.map_err(io::Error::from),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    fn names(directory: &Path) -> Vec<String> {
+        let names = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<String> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    fn temp(directory: &Path, content: &'static str) -> TempFile {
+        let mut temp = TempFile::create(Directory::open(directory).unwrap()).unwrap();
+        temp.write(&[Bytes::from_static(content.as_bytes())]).unwrap();
+        temp
+    }
+
+    #[test]
+    fn a_new_file_appears_under_its_name_or_not_at_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path();
+        let first = temp(at, "first");
+        assert!(names(at)[0].starts_with(TEMP_PREFIX));
+        first.persist_new("name").unwrap();
+        let error = temp(at, "second").persist_new("name").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        drop(temp(at, "third"));
+        assert_eq!(names(at), ["name"]);
+        assert_eq!(std::fs::read_to_string(at.join("name")).unwrap(), "first");
+    }
+
+    /// What NFS and old kernels get instead of renameat2.
+    #[test]
+    fn the_fallback_refuses_a_taken_name_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path();
+        let first = temp(at, "first");
+        assert_eq!(first.link_to_free_name("name"), Ok(()));
+        drop(first);
+        assert_eq!(temp(at, "second").link_to_free_name("name"), Err(Errno::EXIST));
+        assert_eq!(names(at), ["name"]);
+        assert_eq!(std::fs::read_to_string(at.join("name")).unwrap(), "first");
+    }
+
+    #[test]
+    fn a_file_outside_the_repository_is_replaced_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let destination = directory.path().join("RECOVERYXLOG");
+        for survives in [Survives::Kill, Survives::PowerLoss] {
+            let content = format!("{survives:?}");
+            write_file_into_place(&destination, survives, |file| file.write_all(content.as_bytes())).unwrap();
+            assert_eq!(std::fs::read_to_string(&destination).unwrap(), content);
+            assert_eq!(destination.metadata().unwrap().mode() & 0o777, 0o600);
+        }
+        let failed = write_file_into_place(&destination, Survives::Kill, |file| {
+            file.write_all(b"half")?;
+            Err(io::ErrorKind::TimedOut.into())
+        });
+        assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(std::fs::read_to_string(&destination).unwrap(), "PowerLoss");
+        assert_eq!(names(directory.path()), ["RECOVERYXLOG"]);
+    }
+
+    #[test]
+    fn a_link_at_the_destination_is_replaced_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let [outside, destination] = ["outside", "destination"].map(|name| directory.path().join(name));
+        std::os::unix::fs::symlink(&outside, &destination).unwrap();
+        write_file_into_place(&destination, Survives::Kill, |file| file.write_all(b"x")).unwrap();
+        assert!(!outside.exists() && !destination.is_symlink());
+    }
+
+    #[test]
+    fn directories_are_created_with_their_parents() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a/b/c");
+        let created = create_directory(&path).unwrap();
+        assert_eq!(created.identity().unwrap(), create_directory(&path).unwrap().identity().unwrap());
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o700);
+        std::fs::write(directory.path().join("file"), "").unwrap();
+        assert_eq!(
+            create_directory(&directory.path().join("file/x")).unwrap_err().kind(),
+            io::ErrorKind::NotADirectory
+        );
     }
 }
