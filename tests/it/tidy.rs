@@ -431,7 +431,7 @@ fn committed_files_name_no_workplace() {
     assert_none(breaches);
 }
 
-/// Whether a line holds `word` where a path or a name may begin: "homework/" and "$WORK/work/" do not name "/work/".
+/// Whether a line holds `word` where a path or a name begins, not within a longer one.
 fn names(line: &str, word: &str) -> bool {
     let begins =
         |(at, _): (usize, &str)| !line[..at].chars().next_back().is_some_and(|before| is_word(before) || before == '.');

@@ -14,7 +14,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use seawall::wal::Lsn;
@@ -291,7 +292,7 @@ impl Server {
     fn write_configuration(&self) {
         let mut conf = format!(
             "listen_addresses = '127.0.0.1'\nport = {}\nunix_socket_directories = '{}'\n\
-             fsync = off\nshared_buffers = 16MB\nmax_connections = 40\nmax_wal_senders = 10\n\
+             fsync = off\ndynamic_shared_memory_type = mmap\nshared_buffers = 16MB\nmax_connections = 40\nmax_wal_senders = 10\n\
              log_line_prefix = '%m [%p] %a '\nlog_replication_commands = on\nlog_timezone = 'UTC'\ntimezone = 'UTC'\n",
             self.port,
             self.socket_dir().display(),
@@ -460,6 +461,25 @@ impl Server {
         process::eventually(STOP_DEADLINE, what, || are_gone().then_some(()));
     }
 
+    /// Whatever it is doing, it is gone afterwards, with all it holds outside its directory.
+    fn end(&mut self) {
+        const PATIENCE: Duration = Duration::from_secs(5);
+        if let Some(postmaster) = &self.postmaster {
+            postmaster.signal(Signal::CONT); // a test may have stopped it
+            postmaster.signal(Signal::QUIT);
+        }
+        let begun = Instant::now();
+        while !self.has_stopped() && begun.elapsed() < PATIENCE {
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.kill9();
+        // A crashed one leaves a System V segment, named by key and id in the seventh line of its postmaster.pid.
+        let left = fs::read_to_string(self.data_dir().join("postmaster.pid")).unwrap_or_default();
+        if let Some(id) = left.lines().nth(6).and_then(|line| line.split_whitespace().nth(1)) {
+            let _ = Command::new("ipcrm").args(["-m", id]).stderr(Stdio::null()).status();
+        }
+    }
+
     pub fn restart(&mut self) {
         self.stop(Stop::Fast);
         self.start();
@@ -612,7 +632,7 @@ impl Drop for Server {
         if std::thread::panicking() {
             process::print_log_end(&format!("PostgreSQL {} on port {}", self.major(), self.port), &self.log_file());
         }
-        self.kill9();
+        self.end();
     }
 }
 
