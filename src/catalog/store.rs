@@ -404,6 +404,34 @@ impl Archive {
         Ok(Some(contents))
     }
 
+    /// Names in a directory that hold any object, sealed or tail, readable or not, in order. Listings only.
+    pub async fn segment_names(
+        &self,
+        directory: WalDirectory,
+        size: SegmentSize,
+    ) -> Result<Vec<SegmentName>, CatalogError> {
+        let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
+        let mut contents = DirectoryContents::new(directory, size);
+        let mut names = Vec::new();
+        for entry in &listed {
+            match entry {
+                Entry::Object { name, bytes } => add_object(&mut contents, name, *bytes),
+                Entry::Directory(name) => {
+                    for object in tails_of(&contents, name) {
+                        let WalObject::Tails(name) = object else { continue };
+                        if !self.tails(name, size).await?.is_empty() {
+                            names.push(name);
+                        }
+                    }
+                }
+            }
+        }
+        names.extend(contents.segments.keys().chain(contents.repairs.keys()));
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
     /// The tails of one segment as listed; those whose range lies outside the segment are left out.
     pub async fn tails(&self, name: SegmentName, size: SegmentSize) -> Result<Vec<TailObject>, CatalogError> {
         let Some(span) = segment_span(name, size) else { return Ok(Vec::new()) };
@@ -620,6 +648,6 @@ async fn fetch_sized(backend: &dyn Backend, key: &Key, bytes: u64, limit: u64) -
 }
 
 /// The full place of an object, as operators know it.
-fn place(backend: &dyn Backend, key: &Key) -> String {
+pub fn place(backend: &dyn Backend, key: &Key) -> String {
     format!("{}/{key}", backend.describe().trim_end_matches('/'))
 }
