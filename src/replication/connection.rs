@@ -641,3 +641,6 @@ fn io_error(phase: Phase, error: &io::Error) -> ReplicationError {
         kind => ReplicationError::Io { phase, kind, cause: error.to_string() },
     }
 }
+
+#[cfg(test)]
+mod tests;
