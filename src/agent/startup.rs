@@ -175,7 +175,7 @@ pub async fn create_lineage(
     let now = world.clock.now();
     if !repository_exists {
         let id = format!("{:08x}{:08x}", world.random_u32(), world.random_u32());
-        accept_existing(store::create_repository(world.backend.as_ref(), id, now).await)?;
+        accept_existing(store::create_repository(world.backend.as_ref(), now, &id).await.map(drop))?;
     }
     let file = LineageFile {
         schema: 1,

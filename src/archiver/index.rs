@@ -24,7 +24,7 @@ pub async fn put_index(
     let key = writer.archive.lineage.index(name);
     match writer.retry(|| writer.archive.backend.put_new(&key, &body)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
-            let stored = writer.retry(|| writer.archive.read_index(name)).await?;
+            let stored = writer.retry(|| writer.archive.read_index(name, segment_size)).await?;
             match disagreement(&stored.entries, entries) {
                 None => Ok(()),
                 Some((stored, ours)) => Err(ArchiveError::Conflict {

@@ -171,7 +171,10 @@ impl Archiver {
                 self.work(number).segment.append(frame);
             }
             Encoded::Cut(cut) => self.cut = Some(cut),
-            Encoded::Seal(sealed) => self.work(sealed.number).state = State::Sealed(sealed),
+            Encoded::Seal(sealed) => {
+                let number = sealed.number;
+                self.work(number).state = State::Sealed(sealed);
+            }
         }
     }
 

@@ -91,7 +91,7 @@ async fn compare_with_stored(
     raw_crc32: u32,
 ) -> Result<StoredObject, ArchiveError> {
     writer.confirm_epoch(true).await?;
-    let stored = match writer.retry(|| writer.archive.inspect_segment(name, size.bytes())).await {
+    let stored = match writer.retry(|| writer.archive.inspect_segment(name, size)).await {
         Ok(stored) if stored.raw_crc32 == raw_crc32 => return Ok(stored),
         Ok(stored) => stored.raw_crc32,
         // Damaged or foreign: not ours to replace; its own CRC is unknown.

@@ -8,7 +8,8 @@ use tokio::sync::Mutex;
 
 use super::encode::HeldFrame;
 use super::workers::Workers;
-use crate::codec::{Crc32Parts, decode_frame};
+use crate::codec::Crc32Parts;
+use crate::codec::decode::decode_exact;
 use crate::receiver::Cut;
 use crate::repository::{StoreError, StoreErrorKind, Upload};
 use crate::wal::Lsn;
@@ -66,7 +67,6 @@ pub struct Segment {
 #[derive(Clone, Debug)]
 pub struct Parts {
     pub body: Vec<Bytes>,
-    pub raw_bytes: u64,
     pub raw_crc32: u32,
 }
 
@@ -144,7 +144,7 @@ impl Segment {
                 let range = (at - slot.start()) as usize..(piece_end - slot.start()) as usize;
                 let length = (slot.end() - slot.start()) as usize;
                 let piece = workers
-                    .run(move |encoder| decode_frame(&encoded, length).map(|raw| encoder.encode(&raw[range])))
+                    .run(move |encoder| decode_exact(&encoded, length).map(|(raw, _)| encoder.encode(&raw[range])))
                     .await
                     .map_err(|error| damaged_frame(slot.start(), &error))?;
                 crc32.append(piece.raw_crc32, piece.raw_bytes as u64);
@@ -163,7 +163,7 @@ impl Segment {
             crc32.append(piece.raw_crc32, piece.raw_bytes as u64);
             body.push(piece.bytes);
         }
-        Ok(Parts { body, raw_bytes: to - from, raw_crc32: crc32.finish() })
+        Ok(Parts { body, raw_crc32: crc32.finish() })
     }
 
     pub async fn encoded(&self, slot: &Slot) -> Result<Bytes, StoreError> {

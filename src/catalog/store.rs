@@ -16,6 +16,7 @@ use super::contents::{Catalog, DirectoryContents, TailObject, TimelineState, seg
 use super::index::{IndexEntry, IndexFile};
 use super::ledger::{Expired, FactKind, LedgerFact};
 use super::lineage::{LineageFile, RepositoryFile, WriterFile};
+use crate::codec::decode::{DecodeError, FrameDecoder};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::layout::{self, Epoch, IndexName, Lineage, TailName, WalDirectory, WalObject};
 use crate::repository::{Backend, Entry, Key, StoreError, StoreErrorKind};
@@ -177,6 +178,14 @@ pub async fn fetch_json<T: DeserializeOwned>(backend: &dyn Backend, key: &Key) -
     }
 }
 
+/// A segment object as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoredObject {
+    pub stored_bytes: u64,
+    pub stored_crc32: u32,
+    pub raw_crc32: u32,
+}
+
 /// One lineage in one repository.
 #[derive(Clone, Debug)]
 pub struct Archive {
@@ -210,6 +219,11 @@ impl Archive {
         let mut epochs: Vec<Epoch> = objects(&listed).filter_map(|(name, _)| layout::parse_writer(name)).collect();
         epochs.sort();
         Ok(epochs)
+    }
+
+    /// The highest epoch taken so far.
+    pub async fn highest_epoch(&self) -> Result<Option<Epoch>, CatalogError> {
+        Ok(self.epochs().await?.last().copied())
     }
 
     /// The highest epoch and who took it: whoever holds a lower one is fenced.
@@ -468,6 +482,38 @@ impl Archive {
             Some(fault) => Err(CatalogError::Damaged { object: place(self.backend(), &key), fault }),
             None => Ok(file),
         }
+    }
+
+    /// One index file, by its name.
+    pub async fn read_index(&self, name: IndexName, size: SegmentSize) -> Result<IndexFile, CatalogError> {
+        let key = self.lineage.index(name);
+        let bytes = self.backend.stat(&key).await?.ok_or_else(|| CatalogError::Missing { object: place(self.backend(), &key) })?;
+        self.index_file(name, bytes, WalDirectory::of(name.first), size).await
+    }
+
+    /// Reads the segment object under `name` through: what is really there. Damage is `StoreErrorKind::Corrupt`.
+    pub async fn inspect_segment(&self, name: SegmentName, size: SegmentSize) -> Result<StoredObject, CatalogError> {
+        /// Fetched at a time: memory, against requests.
+        const CHUNK_BYTES: u64 = 4 << 20;
+        let key = self.lineage.segment(name);
+        let location = place(self.backend(), &key);
+        let missing = || CatalogError::Missing { object: location.clone() };
+        let corrupt = |error: DecodeError| {
+            let (kind, cause) = (StoreErrorKind::Corrupt, error.to_string());
+            CatalogError::Store(StoreError { kind, operation: "read", location: location.clone(), cause })
+        };
+        let stored_bytes = self.backend.stat(&key).await?.ok_or_else(missing)?;
+        let mut decoder = FrameDecoder::new(size.bytes()).map_err(corrupt)?;
+        let mut stored_crc32 = crc32fast::Hasher::new();
+        let mut at = 0;
+        while at < stored_bytes {
+            let chunk = self.backend.fetch(&key, at..(at + CHUNK_BYTES).min(stored_bytes)).await?;
+            stored_crc32.update(&chunk);
+            decoder.feed(&chunk, &mut |_| Ok(())).map_err(corrupt)?;
+            at += chunk.len() as u64;
+        }
+        let raw_crc32 = decoder.finish().map_err(corrupt)?;
+        Ok(StoredObject { stored_bytes, stored_crc32: stored_crc32.finalize(), raw_crc32 })
     }
 
     /// Every fact of the ledger, oldest first.

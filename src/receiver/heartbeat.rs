@@ -55,11 +55,6 @@ impl Heartbeat {
         self.status_due = now + self.options.status_interval;
     }
 
-    /// The server asked for an answer, or there is something new to tell.
-    pub fn handle_status_wanted(&mut self, now: Elapsed) {
-        self.status_due = now;
-    }
-
     pub fn poll(&mut self, now: Elapsed) -> Option<Due> {
         let silent = now.saturating_sub(self.heard_at);
         if silent >= 2 * self.options.silence {

@@ -200,6 +200,17 @@ pub struct Receiver<'a> {
     told: Lsn,
 }
 
+/// What ended a wait.
+enum Woken {
+    Stop,
+    HandedOn,
+    Stored,
+    MemoryReleased,
+    Timer,
+    /// Bytes were sent or (true) received.
+    Exchanged(Result<bool, ReplicationError>),
+}
+
 /// The stream is to end once everything is settled, or at the deadline.
 #[derive(Clone, Copy, Debug)]
 struct Ending {
@@ -249,28 +260,35 @@ impl<'a> Receiver<'a> {
             let reading = self.outbox.is_empty() && !self.paused && !self.is_draining();
             let writing = self.connection.has_output();
             let wake = self.next_wake();
-            tokio::select! {
+            let woken = tokio::select! {
                 biased;
-                () = self.wiring.stop.cancelled(), if self.ending.is_none() => self.begin_ending(false),
+                () = self.wiring.stop.cancelled(), if self.ending.is_none() => Woken::Stop,
                 permit = self.wiring.pieces.reserve(), if !self.outbox.is_empty() => {
                     let permit = permit.map_err(|_| ReceiveError::PipelineClosed)?;
                     permit.send(self.outbox.pop_front().expect("checked: there is one"));
+                    Woken::HandedOn
                 }
                 () = self.wiring.pieces.closed(), if self.outbox.is_empty() => return Err(ReceiveError::PipelineClosed),
                 changed = progress.changed() => {
                     changed.expect("this task holds a sender");
-                    self.tell_progress();
+                    Woken::Stored
                 }
-                () = self.wiring.memory.released(), if self.paused => self.review_pause(),
-                () = tokio::time::sleep_until(wake) => {}
-                heard = exchange(self.connection, reading), if reading || writing => match heard {
-                    Ok(false) => {}
-                    Ok(true) => if let Some(end) = self.take_events().await? {
+                () = self.wiring.memory.released(), if self.paused => Woken::MemoryReleased,
+                () = tokio::time::sleep_until(wake) => Woken::Timer,
+                heard = exchange(self.connection, reading), if reading || writing => Woken::Exchanged(heard),
+            };
+            match woken {
+                Woken::Stop => self.begin_ending(false),
+                Woken::Stored => self.tell_progress(),
+                Woken::MemoryReleased => self.review_pause(),
+                Woken::HandedOn | Woken::Timer | Woken::Exchanged(Ok(false)) => {}
+                Woken::Exchanged(Ok(true)) => {
+                    if let Some(end) = self.take_events().await? {
                         return Ok(end);
-                    },
-                    Err(ReplicationError::ServerStopping) => return Ok(StreamEnd::ServerStopping),
-                    Err(error) => return Err(error.into()),
-                },
+                    }
+                }
+                Woken::Exchanged(Err(ReplicationError::ServerStopping)) => return Ok(StreamEnd::ServerStopping),
+                Woken::Exchanged(Err(error)) => return Err(error.into()),
             }
         }
     }
