@@ -45,7 +45,7 @@ pub enum ConfigError {
     #[error("unknown key {key} in {source_place}{}", suggestion(.nearest))]
     UnknownKey { source_place: Source, key: String, nearest: Option<String> },
 
-    /// `what` with its verb: "[http] is", "several repositories are".
+    /// `what` with its verb: `[http] is`, "several repositories are".
     #[error("{what} not available in this version ({source_place})")]
     NotAvailable { source_place: Source, what: String },
 

@@ -1,7 +1,7 @@
 //! Which servers to try, as whom, and with which settings: libpq's rules for connection strings.
 //!
 //! Owns: connection strings and URIs (`syntax`), their keywords (`keywords`), service files (`service`), password
-//! files (`passfile`), how they and the environment become logins (`conninfo`).
+//! files (`passfile`), their precedence (`settings`), and how all of it becomes logins (`conninfo`).
 //! Does not own: sockets and the protocol (`replication`), which host is followed (`receiver`).
 //! Rests on `proto-notes/01`, "Password and service files". Everything here is pure: files and variables
 //! come in through [`Environment`].
@@ -14,6 +14,7 @@ mod keywords;
 mod passfile;
 mod service;
 pub mod sql;
+mod settings;
 mod syntax;
 
 pub use conninfo::{Conninfo, Logins, Purpose, TargetSessionAttrs};
