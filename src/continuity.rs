@@ -183,14 +183,26 @@ pub fn gaps(catalog: &Catalog) -> Vec<Gap> {
         let start = catalog.file.start_lsn.filter(|_| path.contains(start_timeline));
         holes.extend(path_holes(path, &runs, start, size));
     }
-    holes.extend(holes_between(&runs).filter(|hole| !path.as_ref().is_some_and(|path| covers_range(path, hole))));
-    let holes = holes.into_iter().flat_map(|hole| subtract(hole, &expired.lsns(hole.timeline, size))).collect();
-    with_facts(holes, &catalog.ledger)
+    holes.extend(holes_between(&runs).filter_map(|hole| off_path(path.as_ref(), hole)));
+    let expired_parts = |timeline: TimelineId| expired.lsns(timeline, size);
+    let holes = holes.into_iter().flat_map(|hole| subtract(hole, &expired_parts(hole.timeline))).collect();
+    let stretches = path.as_ref().map_or(Vec::new(), |path| stretches(path, &runs, size));
+    let held = |hole: &Hole| {
+        let inside = |from: Lsn, to: Lsn| from <= hole.from && hole.to <= to;
+        runs.iter().any(|run| run.timeline == hole.timeline && inside(run.from, run.to))
+            || path.as_ref().is_some_and(|path| off_path(Some(path), *hole).is_none())
+                && stretches.iter().any(|part| inside(part.from, part.to))
+    };
+    // What was expired on purpose is neither a gap nor healed.
+    let forgotten = |hole: &Hole| subtract(*hole, &expired_parts(hole.timeline)).is_empty();
+    with_facts(holes, &catalog.ledger, held, forgotten)
 }
 
-/// Whether the hole lies on the part of its timeline that the path takes: then `path_holes` has judged it.
-fn covers_range(path: &History, hole: &Hole) -> bool {
-    path.contains(hole.timeline) && path.end_of(hole.timeline).is_none_or(|fork| hole.to <= fork)
+/// The part of a hole that the path does not take, and so `path_holes` has not judged.
+fn off_path(path: Option<&History>, hole: Hole) -> Option<Hole> {
+    let Some(path) = path.filter(|path| path.contains(hole.timeline)) else { return Some(hole) };
+    let from = hole.from.max(path.end_of(hole.timeline)?);
+    (from < hole.to).then_some(Hole { from, ..hole })
 }
 
 /// What is missing between the path's first and last byte (its start as recorded, if that is earlier).
@@ -244,7 +256,13 @@ fn subtract(hole: Hole, ranges: &[(Lsn, Lsn)]) -> Vec<Hole> {
 }
 
 /// Adds what the ledger knows: when and why a hole was found, what healed it, and gaps that are no holes any more.
-fn with_facts(holes: Vec<Hole>, ledger: &[LedgerFact]) -> Vec<Gap> {
+/// `held` tells whether the archive has the bytes now, `forgotten` whether they were expired.
+fn with_facts(
+    holes: Vec<Hole>,
+    ledger: &[LedgerFact],
+    held: impl Fn(&Hole) -> bool,
+    forgotten: impl Fn(&Hole) -> bool,
+) -> Vec<Gap> {
     let recorded: Vec<(Hole, &LedgerFact)> = facts(ledger, &[FactKind::Gap, FactKind::CorruptAtSource]);
     let healed: Vec<(Hole, &LedgerFact)> = facts(ledger, &[FactKind::GapHealed]);
     let mut gaps: Vec<Gap> = Vec::new();
@@ -258,13 +276,14 @@ fn with_facts(holes: Vec<Hole>, ledger: &[LedgerFact]) -> Vec<Gap> {
     }
     for (known, fact) in &recorded {
         let id = Gap::new(*known).id;
-        if holes.iter().any(|hole| overlap(known, hole)) || gaps.iter().any(|gap| gap.id == id) {
+        let told = holes.iter().any(|hole| overlap(known, hole)) || gaps.iter().any(|gap| gap.id == id);
+        if told || forgotten(known) {
             continue;
         }
         let mut gap = Gap { detected: Some(fact.at), cause: Some(fact.cause.clone()), ..Gap::new(*known) };
         heal(&mut gap, known, &healed);
-        if fact.kind == FactKind::Gap && gap.state == GapState::Open {
-            // The bytes are in the archive now, whoever brought them.
+        if gap.state == GapState::Open && held(known) {
+            // Whoever brought them.
             (gap.state, gap.healed_by) = (GapState::Healed, Some("archive".to_string()));
         }
         gaps.push(gap);
@@ -377,11 +396,15 @@ mod tests {
         let gap = |from, to| LedgerFact::new(FactKind::Gap, at, "slot lost").about(TimelineId(1), Lsn(from), Lsn(to));
         let mut healed = LedgerFact::new(FactKind::GapHealed, at, "backup").about(TimelineId(1), Lsn(32), Lsn(64));
         healed.healed_by = Some("20261122T110000Z-full".into());
-        let gaps =
-            with_facts(vec![hole(8, 16), hole(32, 64), hole(80, 96)], &[gap(0, 16), gap(32, 64), gap(70, 72), healed]);
+        let facts = [gap(0, 16), gap(32, 64), gap(70, 72), gap(100, 120), gap(200, 220), healed];
+        let holes = vec![hole(8, 16), hole(32, 64), hole(80, 96)];
+        let gaps = with_facts(holes, &facts, |hole| hole.to.0 == 72, |hole| hole.to.0 == 120);
         let states: Vec<_> = gaps.iter().map(|gap| (gap.from.0, gap.state, gap.detected.is_some())).collect();
         use GapState::*;
-        assert_eq!(states, [(8, Open, true), (32, Healed, true), (70, Healed, true), (80, Open, false)]);
+        assert_eq!(
+            states,
+            [(8, Open, true), (32, Healed, true), (70, Healed, true), (80, Open, false), (200, Open, true)]
+        );
         assert_eq!(gaps[1].healed_by.as_deref(), Some("20261122T110000Z-full"));
         assert_eq!(gaps[0].id, "1-0000000000000008-0000000000000010");
     }

@@ -298,8 +298,9 @@ impl Archive {
         let object = || place(self.backend(), &key);
         let history =
             History::parse(timeline, &content).map_err(|source| CatalogError::History { object: object(), source })?;
-        if history.ancestors().is_empty() {
-            let fault = "a history file names at least one ancestor".to_string();
+        // It has no checksum: a lost end must at least not cut the fork's position short.
+        if history.ancestors().is_empty() || !content.ends_with(b"\n") {
+            let fault = "a history file names at least one ancestor, and its last line is complete".to_string();
             return Err(CatalogError::Damaged { object: object(), fault });
         }
         Ok(Some((content, history)))
@@ -697,3 +698,6 @@ async fn fetch_sized(backend: &dyn Backend, key: &Key, bytes: u64, limit: u64) -
 pub fn place(backend: &dyn Backend, key: &Key) -> String {
     format!("{}/{key}", backend.describe().trim_end_matches('/'))
 }
+
+#[cfg(test)]
+mod tests;

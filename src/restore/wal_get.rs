@@ -259,6 +259,7 @@ impl WalGet {
             Err(absence) => return Ok(Outcome::Absent(absence)),
         };
         let wanted = Wanted { name, size, start: span.start, end: span.end, limit, system_id: file.system_id };
+        let mut first_hole = None;
         for source in wanted.sources(&path) {
             let contents = self.archive.directory_around(source, size).await?;
             if contents.disputed.contains_key(&source) {
@@ -268,9 +269,16 @@ impl WalGet {
                 return Ok(Outcome::Delivered);
             }
             let shown = Shown { path: &path, directories: &directories };
-            if self.unfinished(&wanted, source, &contents, &shown, dest).await? {
-                return Ok(Outcome::Delivered);
+            match self.unfinished(&wanted, source, &contents, &shown, dest).await {
+                Ok(true) => return Ok(Outcome::Delivered),
+                Ok(false) => {}
+                // A child's segment may still begin with all of it.
+                Err(hole @ WalGetError::Hole { .. }) => first_hole = first_hole.or(Some(hole)),
+                Err(error) => return Err(error),
             }
+        }
+        if let Some(hole) = first_hole {
+            return Err(hole);
         }
         self.conclude(&wanted, &Shown { path: &path, directories: &directories }).await.map(Outcome::Absent)
     }
@@ -408,7 +416,7 @@ impl WalGet {
         if let Some(beyond) = chain.links.iter().find(|link| link.from > end) {
             return Ok(Some(format!("its tails end at {end} and go on at {}", beyond.from)));
         }
-        let later = self.data(shown, Side::After(wanted.end), wanted.name).await?;
+        let later = self.data(shown, Side::After, wanted).await?;
         Ok(later.map(|name| format!("its tails end at {end}, but {name} is in the archive")))
     }
 
@@ -491,32 +499,26 @@ impl WalGet {
 
     /// Nothing of the segment is there: absent or a hole?
     async fn conclude(&self, wanted: &Wanted, shown: &Shown<'_>) -> Result<Absence, WalGetError> {
-        let Some(after) = self.data(shown, Side::After(wanted.start), wanted.name).await? else {
+        let Some(after) = self.data(shown, Side::After, wanted).await? else {
             return Ok(Absence::AboveLast);
         };
-        let Some(before) = self.data(shown, Side::Before(wanted.start), wanted.name).await? else {
+        let Some(before) = self.data(shown, Side::Before, wanted).await? else {
             return Ok(Absence::BelowFirst);
         };
         let fault = format!("it is not there, but {before} and {after} are");
         Err(WalGetError::Hole { name: wanted.name, fault })
     }
 
-    /// Any segment of the path, sealed or not, that lies on one side; `except` aside, and what is expired.
-    async fn data(
-        &self,
-        shown: &Shown<'_>,
-        side: Side,
-        except: SegmentName,
-    ) -> Result<Option<SegmentName>, WalGetError> {
-        let size = self.archive.lineage_file().await?.segment_size;
+    /// Any segment of the path, sealed or not, that lies on one side of the wanted one and is not expired.
+    async fn data(&self, shown: &Shown<'_>, side: Side, wanted: &Wanted) -> Result<Option<SegmentName>, WalGetError> {
+        // The ledger first, then listings of its own: what is announced there is not data any more.
         let expired = self.archive.expired().await?;
-        // The ledger first, then a listing of its own: what is announced there is not data any more.
         for directory in side.order(shown.directories) {
-            if !shown.path.contains(directory.timeline) || !side.concerns(directory) {
+            if !shown.path.contains(directory.timeline) || !side.concerns(directory, wanted.name) {
                 continue;
             }
-            for name in self.archive.segment_names(directory, size).await? {
-                if name != except && counts(shown.path, name, size, &expired) && side.holds(name, size) {
+            for name in self.archive.segment_names(directory, wanted.size).await? {
+                if side.holds(name, wanted.name) && counts(shown.path, name, wanted.size, &expired) {
                     return Ok(Some(name));
                 }
             }
@@ -547,31 +549,31 @@ fn on_path(path: &History, timeline: TimelineId, span: &std::ops::Range<Lsn>) ->
 
 #[derive(Clone, Copy, Debug)]
 enum Side {
-    /// Segments that start at or after this.
-    After(Lsn),
-    /// Segments that start before this.
-    Before(Lsn),
+    After,
+    Before,
 }
 
 impl Side {
-    fn concerns(self, directory: WalDirectory) -> bool {
+    fn concerns(self, directory: WalDirectory, wanted: SegmentName) -> bool {
         match self {
-            Side::After(lsn) => u64::from(directory.high) >= lsn.0 >> 32,
-            Side::Before(lsn) => u64::from(directory.high) <= lsn.0 >> 32,
+            Side::After => directory.high >= wanted.high,
+            Side::Before => directory.high <= wanted.high,
         }
     }
 
-    fn holds(self, name: SegmentName, size: SegmentSize) -> bool {
-        segment_span(name, size).is_some_and(|span| match self {
-            Side::After(lsn) => span.start >= lsn,
-            Side::Before(lsn) => span.start < lsn,
-        })
+    /// Along a path a child's segment comes after its parent's of the same number.
+    fn holds(self, name: SegmentName, wanted: SegmentName) -> bool {
+        let place = |name: SegmentName| (name.high, name.low, name.timeline);
+        match self {
+            Side::After => place(name) > place(wanted),
+            Side::Before => place(name) < place(wanted),
+        }
     }
 
     /// The likeliest directories first.
     fn order(self, directories: &[WalDirectory]) -> Vec<WalDirectory> {
         let mut directories = directories.to_vec();
-        if matches!(self, Side::After(_)) {
+        if matches!(self, Side::After) {
             directories.reverse();
         }
         directories
@@ -738,3 +740,6 @@ pub fn read_system_id(pgdata: &Path) -> io::Result<SystemId> {
         id => Ok(SystemId(id)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,531 @@
+//! The contract of `wal-get` against a store in memory, honest and tampered with.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use jiff::Timestamp;
+use zstd::zstd_safe::CParameter;
+
+use super::*;
+use crate::catalog::{Crc32, FactKind, IndexFile, LedgerFact, SegmentRange};
+use crate::repository::layout::{Epoch, IndexName, Lineage, TailName};
+use crate::repository::{Backend, Entry, Upload};
+use crate::testkit::store::MemoryStore;
+use crate::wal::{Carry, Proof, SegmentSummary};
+
+const MIB: u64 = 1 << 20;
+const SYSTEM: SystemId = SystemId(7_000_000_000_000_000_001);
+
+fn size() -> SegmentSize {
+    SegmentSize::new(MIB).unwrap()
+}
+
+fn now() -> Timestamp {
+    "2026-11-22T11:00:00Z".parse().unwrap()
+}
+
+fn lineage() -> Lineage {
+    Lineage::new("main", SYSTEM, 1)
+}
+
+fn name(timeline: u32, number: u64) -> SegmentName {
+    SegmentName::new(TimelineId(timeline), crate::wal::SegmentNumber(number), size())
+}
+
+/// A segment's bytes: a long header, then a pattern that differs between segments and branches.
+fn raw(timeline: u32, number: u64, branch: u8) -> Vec<u8> {
+    let mut raw: Vec<u8> = (0..MIB).map(|i| ((i * i >> 9) as u8).wrapping_add(number as u8) ^ branch).collect();
+    raw[..40].fill(0);
+    raw[0..2].copy_from_slice(&0xD118u16.to_le_bytes());
+    raw[2..4].copy_from_slice(&6u16.to_le_bytes());
+    raw[4..8].copy_from_slice(&timeline.to_le_bytes());
+    raw[8..16].copy_from_slice(&(number * MIB).to_le_bytes());
+    raw[24..32].copy_from_slice(&SYSTEM.0.to_le_bytes());
+    raw[32..36].copy_from_slice(&(MIB as u32).to_le_bytes());
+    raw[36..40].copy_from_slice(&8192u32.to_le_bytes());
+    raw
+}
+
+fn encode(raw: &[u8]) -> Vec<u8> {
+    let mut compressor = zstd::bulk::Compressor::new(1).unwrap();
+    compressor.set_parameter(CParameter::ChecksumFlag(true)).unwrap();
+    raw.chunks(MIB as usize / 4).flat_map(|frame| compressor.compress(frame).unwrap()).collect()
+}
+
+fn entry(name: SegmentName, raw: &[u8], stored: &[u8]) -> IndexEntry {
+    let span = segment_span(name, size()).unwrap();
+    let summary = SegmentSummary {
+        proof: Proof::Proven,
+        record_count: 1,
+        last_record: None,
+        record_end: None,
+        min_commit_time: None,
+        max_commit_time: None,
+        min_xid: None,
+        max_xid: None,
+        last_commit: None,
+        restore_points: Vec::new(),
+        drops: Vec::new(),
+        truncations: Vec::new(),
+        truncated: false,
+        carry: Carry::default(),
+    };
+    IndexEntry {
+        segment: name,
+        start_lsn: span.start,
+        end_lsn: span.end,
+        raw_bytes: MIB,
+        raw_crc32: Crc32(crc32fast::hash(raw)),
+        stored_bytes: stored.len() as u64,
+        stored_crc32: Crc32(crc32fast::hash(stored)),
+        summary,
+    }
+}
+
+fn tail_name(epoch: u32, number: u64, from: u64, bytes: &[u8]) -> TailName {
+    let from = Lsn(number * MIB + from);
+    let raw_crc32 = crc32fast::hash(bytes);
+    TailName { epoch: Epoch(epoch), from, to: from + bytes.len() as u64, raw_crc32, last_commit: None }
+}
+
+/// An archive under construction.
+#[derive(Clone, Debug, Default)]
+struct World {
+    store: MemoryStore,
+}
+
+impl World {
+    fn new() -> World {
+        let world = World::default();
+        let file = LineageFile {
+            schema: 1,
+            system_id: SYSTEM,
+            server_version: "18.1".into(),
+            segment_size: size(),
+            created: now(),
+            start_timeline: TimelineId(1),
+            start_lsn: None,
+            slot: None,
+        };
+        world.put(&lineage().lineage_json(), &serde_json::to_vec(&file).unwrap());
+        world
+    }
+
+    fn put(&self, key: &Key, body: &[u8]) {
+        self.store.tamper(|objects| drop(objects.insert(key.clone(), Bytes::copy_from_slice(body))));
+    }
+
+    fn remove(&self, key: &Key) {
+        self.store.tamper(|objects| drop(objects.remove(key)));
+    }
+
+    fn index(&self, entry: IndexEntry, epoch: u32) -> Key {
+        let key = lineage().index(IndexName { first: entry.segment, last: entry.segment, epoch: Epoch(epoch) });
+        let file = IndexFile { schema: 1, segment_size: size(), entries: vec![entry] };
+        self.put(&key, &serde_json::to_vec(&file).unwrap());
+        key
+    }
+
+    fn seal(&self, timeline: u32, number: u64) {
+        self.seal_raw(name(timeline, number), &raw(timeline, number, 0));
+    }
+
+    fn seal_raw(&self, name: SegmentName, raw: &[u8]) {
+        let stored = encode(raw);
+        self.put(&lineage().segment(name), &stored);
+        self.index(entry(name, raw, &stored), 1);
+    }
+
+    fn tail(&self, epoch: u32, timeline: u32, number: u64, from: u64, bytes: &[u8]) -> Key {
+        let key = lineage().tail(name(timeline, number), &tail_name(epoch, number, from, bytes));
+        self.put(&key, &encode(bytes));
+        key
+    }
+
+    fn fork(&self, child: u32, text: &str) {
+        self.put(&lineage().history(TimelineId(child)), text.as_bytes());
+    }
+
+    fn wal_get(&self) -> WalGet {
+        wal_get_from(Arc::new(self.store.clone()))
+    }
+
+    async fn get(&self, name: SegmentName) -> Result<Option<Vec<u8>>, String> {
+        get_by(&self.wal_get(), &name.to_string()).await
+    }
+
+    async fn fault(&self, name: SegmentName) -> String {
+        self.get(name).await.expect_err("this must be an error")
+    }
+}
+
+fn wal_get_from(backend: Arc<dyn Backend>) -> WalGet {
+    WalGet::new(Archive::new(backend, lineage()), PathChoice::Latest)
+}
+
+/// The delivered bytes, `None` for absent; whatever happens, nothing else is left in the directory.
+async fn get_by(wal_get: &WalGet, name: &str) -> Result<Option<Vec<u8>>, String> {
+    let directory = tempfile::tempdir().unwrap();
+    let dest = directory.path().join("RECOVERYXLOG");
+    let outcome = wal_get.get(name, &dest).await;
+    let left = std::fs::read_dir(directory.path()).unwrap().count();
+    assert_eq!(left, usize::from(outcome.as_ref().is_ok_and(|outcome| *outcome == Outcome::Delivered)));
+    match outcome {
+        Ok(Outcome::Delivered) => Ok(Some(std::fs::read(dest).unwrap())),
+        Ok(Outcome::Absent(_)) => Ok(None),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn padded(bytes: &[u8]) -> Vec<u8> {
+    let mut padded = bytes.to_vec();
+    padded.resize(MIB as usize, 0);
+    padded
+}
+
+#[tokio::test(start_paused = true)]
+async fn sealed_segments_are_delivered_and_names_outside_are_absent() {
+    let world = World::new();
+    assert_eq!(world.get(name(1, 3)).await, Ok(None), "an archive without data");
+    (3..6).for_each(|number| world.seal(1, number));
+    assert!(world.get(name(1, 4)).await == Ok(Some(raw(1, 4, 0))));
+    assert_eq!(world.get(name(1, 2)).await, Ok(None), "below the first");
+    assert_eq!(world.get(name(1, 6)).await, Ok(None), "above the last");
+    assert_eq!(world.get(name(1, 5000)).await, Ok(None), "in a directory that does not exist");
+    assert_eq!(world.get(name(2, 4)).await, Ok(None), "on a timeline that does not exist");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hole_is_an_error_whatever_directory_it_is_in() {
+    let world = World::new();
+    [3, 5, 4096 + 7].iter().for_each(|&number| world.seal(1, number));
+    for number in [4, 6, 4096, 4096 + 6] {
+        assert!(world.fault(name(1, number)).await.contains("is a hole"), "{number}");
+    }
+    assert_eq!(world.get(name(1, 4096 + 8)).await, Ok(None));
+    world.remove(&lineage().segment(name(1, 5)));
+    assert!(world.fault(name(1, 5)).await.contains("its object is not there"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_unfinished_segment_is_assembled_and_padded() {
+    let (world, bytes) = (World::new(), raw(1, 4, 0));
+    world.seal(1, 3);
+    world.tail(1, 1, 4, 0, &bytes[..1000]);
+    world.tail(1, 1, 4, 1000, &bytes[1000..700_000]);
+    world.tail(2, 1, 4, 700_000, &bytes[700_000..700_008]);
+    assert!(world.get(name(1, 4)).await == Ok(Some(padded(&bytes[..700_008]))));
+    assert_eq!(world.get(name(1, 5)).await, Ok(None));
+    world.seal(1, 5);
+    assert!(world.fault(name(1, 4)).await.contains("its tails end at"), "an unfinished segment in the middle");
+}
+
+#[tokio::test(start_paused = true)]
+async fn overlapping_tails_are_compared_byte_by_byte() {
+    let (world, bytes) = (World::new(), raw(1, 4, 0));
+    world.tail(1, 1, 4, 0, &bytes[..3000]);
+    world.tail(2, 1, 4, 2000, &bytes[2000..5000]);
+    assert!(world.get(name(1, 4)).await == Ok(Some(padded(&bytes[..5000]))));
+    let other = raw(1, 4, 0x55);
+    world.tail(3, 1, 4, 4000, &other[4000..6000]);
+    assert!(world.fault(name(1, 4)).await.contains("differ from another tail's"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn damaged_tails_are_never_the_end_of_wal() {
+    let bytes = raw(1, 4, 0);
+    let honest = |world: &World| {
+        world.tail(1, 1, 4, 0, &bytes[..1000]);
+        world.tail(1, 1, 4, 1000, &bytes[1000..2000])
+    };
+    let world = World::new();
+    let second = honest(&world);
+    world.put(&second, b"");
+    assert!(world.fault(name(1, 4)).await.contains("it is empty"));
+    world.put(&second, &encode(&bytes[1001..2001]));
+    assert!(world.fault(name(1, 4)).await.contains("its name says"));
+    world.put(&second, &encode(&bytes[1000..1999]));
+    assert!(world.fault(name(1, 4)).await.contains("decodes to 999 bytes"));
+    world.remove(&second);
+    world.tail(1, 1, 4, 1001, &bytes[1001..2000]);
+    assert!(world.fault(name(1, 4)).await.contains("go on at"));
+    let world = World::new();
+    world.tail(1, 1, 4, 8, &bytes[8..2000]);
+    assert!(world.fault(name(1, 4)).await.contains("do not hold its beginning"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn wal_beyond_a_fork_does_not_leak() {
+    let world = World::new();
+    (3..8).for_each(|number| world.seal(1, number));
+    let fork = 4 * MIB + 5000;
+    world.fork(2, &format!("1\t0/{fork:X}\tno recovery target specified\n"));
+    let parent = padded(&raw(1, 4, 0)[..5000]);
+    assert!(world.get(name(1, 4)).await == Ok(Some(parent.clone())));
+    assert_eq!(world.get(name(2, 4)).await, Ok(None), "nothing of timeline 2 is archived");
+    assert_eq!(world.get(name(1, 5)).await, Ok(None));
+    assert!(world.get(name(1, 3)).await == Ok(Some(raw(1, 3, 0))));
+
+    let mut whole = world.wal_get();
+    whole.path = PathChoice::Timeline(TimelineId(1));
+    assert!(get_by(&whole, &name(1, 5).to_string()).await == Ok(Some(raw(1, 5, 0))));
+
+    let mut child = raw(1, 4, 0);
+    child[5000..].fill(0x77);
+    world.tail(1, 2, 4, 0, &child[..6000]);
+    assert!(world.get(name(2, 4)).await == Ok(Some(padded(&child[..6000]))));
+    world.remove(&lineage().segment(name(1, 4)));
+    world.remove(&lineage().index(IndexName { first: name(1, 4), last: name(1, 4), epoch: Epoch(1) }));
+    assert!(world.get(name(1, 4)).await == Ok(Some(parent)), "the child repeats its parent's bytes");
+    world.remove(&lineage().segment(name(1, 3)));
+    world.remove(&lineage().index(IndexName { first: name(1, 3), last: name(1, 3), epoch: Epoch(1) }));
+    assert_eq!(world.get(name(1, 3)).await, Ok(None), "the path now begins with segment 4");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_parent_that_does_not_reach_its_fork_is_a_hole_once_the_child_has_data() {
+    let world = World::new();
+    world.seal(1, 3);
+    world.fork(2, &format!("1\t0/{:X}\tx\n", 6 * MIB + 96));
+    assert_eq!(world.get(name(1, 4)).await, Ok(None));
+    world.seal(2, 7);
+    for name in [name(1, 4), name(1, 6), name(2, 6)] {
+        assert!(world.fault(name).await.contains("is a hole"), "{name}");
+    }
+    let short = World::new();
+    short.seal(1, 6);
+    short.fork(2, &format!("1\t0/{:X}\tx\n", 6 * MIB + 96));
+    short.seal(2, 7);
+    assert!(short.fault(name(2, 6)).await.contains("is a hole"), "only its parent's part is there");
+    assert_eq!(world.get(name(2, 5)).await, Ok(None), "before timeline 2 begins");
+    assert_eq!(world.get(name(1, 7)).await, Ok(None), "beyond the fork");
+}
+
+#[tokio::test(start_paused = true)]
+async fn strangers_under_a_name_are_refused() {
+    let at = name(1, 4);
+    let with = |offset: usize, bytes: &[u8]| {
+        let mut raw = raw(1, 4, 0);
+        raw[offset..offset + bytes.len()].copy_from_slice(bytes);
+        raw
+    };
+    for (raw, word) in [
+        (with(24, &1u64.to_le_bytes()), "system identifier"),
+        (with(8, &(5 * MIB).to_le_bytes()), "address"),
+        (with(4, &2u32.to_le_bytes()), "timeline"),
+        (with(4, &0u32.to_le_bytes()), "timeline"),
+        (with(32, &(16u32 << 20).to_le_bytes()), "segment size"),
+        (with(2, &4u16.to_le_bytes()), "long page header"),
+    ] {
+        let world = World::new();
+        world.seal_raw(at, &raw);
+        let fault = world.fault(at).await;
+        assert!(fault.contains(word), "{fault}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_object_is_distrusted_at_header_middle_and_trailer() {
+    let (world, at) = (World::new(), name(1, 4));
+    world.seal(1, 3);
+    world.seal(1, 4);
+    world.fork(2, "1\t0/900000\tx\n");
+    world.put(&lineage().segment(name(1, 6)), &encode(&raw(1, 6, 0)));
+    world.tail(1, 1, 7, 0, &raw(1, 7, 0)[..9000]);
+    for (key, body) in world.store.objects() {
+        let index = key.as_str().ends_with(".json");
+        let asked = if key.as_str().contains(".tail/") { name(1, 7) } else { at };
+        let asked = if key == lineage().segment(name(1, 6)) { name(1, 6) } else { asked };
+        let good = world.get(asked).await;
+        for length in [0, 1, body.len() / 2, body.len() - 1] {
+            world.put(&key, &body[..length]);
+            let found = world.get(asked).await;
+            // A history file may lose its end, the reason in words; a neighbour's damage does not concern us.
+            assert!(found.is_err() || found == good, "{key} cut to {length}");
+            assert_ne!(found, Ok(None), "{key} cut to {length}");
+        }
+        // A history file is PostgreSQL's own text without a checksum: another digit is another valid fork.
+        let history = key.as_str().ends_with(".history");
+        for byte in [0, 4, 12, body.len() / 2, body.len() - 1].into_iter().filter(|_| !history) {
+            let mut damaged = body.to_vec();
+            damaged[byte] ^= 0x10;
+            world.put(&key, &damaged);
+            let found = world.get(asked).await;
+            assert!(found.is_err() || found == good, "{key} byte {byte}");
+            assert!(index || found != Ok(None), "{key} byte {byte}");
+        }
+        world.put(&key, &body);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn unindexed_segments_prove_themselves() {
+    let (world, at) = (World::new(), name(1, 4));
+    let stored = encode(&raw(1, 4, 0));
+    world.put(&lineage().segment(at), &stored);
+    assert!(world.get(at).await == Ok(Some(raw(1, 4, 0))));
+    world.put(&lineage().segment(at), &encode(&raw(1, 4, 0)[..500_000]));
+    assert!(world.fault(at).await.contains("decodes to 500000 bytes"));
+    world.put(&lineage().segment(at), b"");
+    assert!(world.fault(at).await.contains("decodes to 0 bytes"));
+    world.put(&lineage().segment(at), &encode(&vec![0; 40 * MIB as usize]));
+    assert!(world.fault(at).await.contains("follows the last one"), "a decompression bomb");
+}
+
+#[tokio::test(start_paused = true)]
+async fn entries_that_disagree_are_a_conflict_and_repairs_are_preferred() {
+    let (world, at) = (World::new(), name(1, 4));
+    world.seal(1, 4);
+    let good = raw(1, 4, 0);
+    let stored = encode(&good);
+    // The same content, encoded differently elsewhere: no conflict.
+    let mut restated = entry(at, &good, &stored);
+    restated.stored_bytes += 1;
+    world.index(restated, 2);
+    assert!(world.get(at).await == Ok(Some(good.clone())));
+
+    let mut damaged = stored.clone();
+    damaged[5000] ^= 1;
+    world.put(&lineage().segment(at), &damaged);
+    assert!(world.fault(at).await.contains("is damaged"));
+    world.put(&lineage().repair(at, crc32fast::hash(&good)), &stored);
+    assert!(world.get(at).await == Ok(Some(good.clone())));
+
+    world.index(entry(at, &raw(1, 4, 9), &stored), 3);
+    assert!(world.fault(at).await.contains("disagree"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn expired_segments_are_gone_before_they_are_deleted() {
+    let world = World::new();
+    (3..7).for_each(|number| world.seal(1, number));
+    let mut fact = LedgerFact::new(FactKind::Expired, now(), "retention");
+    fact.segments.push(SegmentRange { first: name(1, 3), last: name(1, 4) });
+    let archive = world.wal_get().archive;
+    archive.append_ledger(&fact, 1).await.unwrap();
+    world.remove(&lineage().segment(name(1, 4)));
+    assert_eq!(world.get(name(1, 4)).await, Ok(None), "half deleted");
+    let state = archive.frontier(TimelineId(1), size()).await.unwrap();
+    assert_eq!((state.run_from, state.end), (Some(Lsn(5 * MIB)), Some(Lsn(7 * MIB))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn other_names_and_history_files() {
+    let world = World::new();
+    let get = async |name: &str| get_by(&world.wal_get(), name).await;
+    assert_eq!(get("00000002.history").await, Ok(None));
+    world.fork(2, "1\t0/900000\tx\n");
+    assert_eq!(get("00000002.history").await, Ok(Some(b"1\t0/900000\tx\n".to_vec())));
+    world.fork(2, "");
+    assert!(get("00000002.history").await.is_err());
+    assert_eq!(get("000000010000000000000004.00000028.backup").await, Ok(None));
+    assert_eq!(get("000000010000000000000004.partial").await, Ok(None));
+    for name in ["", "x", "../../etc/passwd", "00000001000000000000000a", "00000001000000000000FFFF", "é.history"] {
+        assert!(get(name).await.is_err(), "{name}");
+    }
+    world.remove(&lineage().lineage_json());
+    assert!(get("00000003.history").await.is_err(), "behind a mistyped prefix nothing is absent");
+}
+
+/// Lets `event` happen once, when the given key is read or listed for the `at`-th time.
+#[derive(Debug)]
+struct Racing {
+    world: World,
+    watched: Key,
+    seen: AtomicU32,
+    at: u32,
+    event: fn(&World),
+    /// Calls that fail as unavailable before any is answered.
+    down: AtomicU32,
+}
+
+impl Racing {
+    fn step(&self, key: &Key) -> Result<(), StoreError> {
+        if self.down.load(Ordering::Relaxed) > 0 {
+            self.down.fetch_sub(1, Ordering::Relaxed);
+            let (location, cause) = (key.to_string(), "503".to_string());
+            return Err(StoreError { kind: StoreErrorKind::Unavailable, operation: "read", location, cause });
+        }
+        if *key == self.watched && self.seen.fetch_add(1, Ordering::Relaxed) == self.at {
+            (self.event)(&self.world);
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Backend for Racing {
+    fn describe(&self) -> String {
+        "racing:".to_string()
+    }
+    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
+        self.world.store.put_new(key, body).await
+    }
+    async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError> {
+        self.world.store.begin_upload(key).await
+    }
+    async fn stat(&self, key: &Key) -> Result<Option<u64>, StoreError> {
+        self.step(key)?;
+        self.world.store.stat(key).await
+    }
+    async fn fetch(&self, key: &Key, range: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
+        self.step(key)?;
+        self.world.store.fetch(key, range).await
+    }
+    async fn list(&self, directory: Option<&Key>) -> Result<Vec<Entry>, StoreError> {
+        directory.map_or(Ok(()), |key| self.step(key))?;
+        self.world.store.list(directory).await
+    }
+    async fn delete(&self, key: &Key) -> Result<(), StoreError> {
+        self.world.store.delete(key).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_segment_sealed_while_its_tails_are_read_wins() {
+    let bytes = raw(1, 4, 0);
+    let first = lineage().tail(name(1, 4), &tail_name(1, 4, 0, &bytes[..1000]));
+    for watched in [first.clone(), lineage().tail_directory(name(1, 4))] {
+        let world = World::new();
+        world.tail(1, 1, 4, 0, &bytes[..1000]);
+        let event = |world: &World| {
+            world.seal(1, 4);
+            world.store.tamper(|objects| objects.retain(|key, _| !key.as_str().contains(".tail/")));
+        };
+        let racing = Racing { world, watched, seen: AtomicU32::new(0), at: 0, event, down: AtomicU32::new(0) };
+        let found = get_by(&wal_get_from(Arc::new(racing)), &name(1, 4).to_string()).await;
+        assert!(found == Ok(Some(bytes.clone())));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_unavailable_store_is_asked_again_for_a_while_and_never_means_absent() {
+    for (down, delivered) in [(5, true), (u32::MAX, false)] {
+        for asked in ["00000002.history", "000000010000000000000003"] {
+            let world = World::new();
+            world.seal(1, 3);
+            world.fork(2, "1\t0/900000\tx\n");
+            let (watched, down) = (lineage().wal(), AtomicU32::new(down));
+            let racing = Racing { world, watched, seen: AtomicU32::new(0), at: u32::MAX, event: |_| (), down };
+            let started = Instant::now();
+            let found = get_by(&wal_get_from(Arc::new(racing)), asked).await;
+            assert_eq!(found.is_ok_and(|found| found.is_some()), delivered);
+            assert!(started.elapsed() <= WalGet::PATIENCE);
+            assert!(delivered || started.elapsed() >= WalGet::PATIENCE / 2);
+        }
+    }
+}
+
+#[test]
+fn the_system_identifier_is_the_first_field_of_pg_control() {
+    let pgdata = tempfile::tempdir().unwrap();
+    assert!(read_system_id(pgdata.path()).is_err());
+    std::fs::create_dir(pgdata.path().join("global")).unwrap();
+    let control = pgdata.path().join("global/pg_control");
+    std::fs::write(&control, SYSTEM.0.to_le_bytes()).unwrap();
+    assert_eq!(read_system_id(pgdata.path()).unwrap(), SYSTEM);
+    std::fs::write(&control, [1, 2, 3]).unwrap();
+    assert!(read_system_id(pgdata.path()).is_err());
+}
