@@ -164,8 +164,7 @@ impl ClusterAgent {
             from = %frontier.segment_start, durable = %frontier.stored().record_end, %epoch, "streaming"
         );
         let history = server.history.up_to(timeline).expect("the plan stays on the server's history");
-        let scan =
-            ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
+        let scan = ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
         let assignment =
             Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout: server.wal_sender_timeout };
         let status = &self.status;
@@ -180,7 +179,13 @@ impl ClusterAgent {
         self.failures = 0;
         self.last_said = None;
         let ended = session::run(
-            &self.world, &self.options, &archive, &mut connection, assignment, self.stop.clone(), watching,
+            &self.world,
+            &self.options,
+            &archive,
+            &mut connection,
+            assignment,
+            self.stop.clone(),
+            watching,
         )
         .await;
         self.remember_acknowledged();
@@ -246,8 +251,11 @@ impl ClusterAgent {
         if error.class() == FaultClass::Identity {
             return Err(failure.hint("the bytes are another server's, or of a build seawall cannot read"));
         }
-        let mut fact = LedgerFact::new(FactKind::CorruptAtSource, self.world.clock.now(), error.to_string())
-            .about(timeline, error.record, error.lsn);
+        let mut fact = LedgerFact::new(FactKind::CorruptAtSource, self.world.clock.now(), error.to_string()).about(
+            timeline,
+            error.record,
+            error.lsn,
+        );
         fact.details.insert("header".into(), error.detail.clone().into());
         startup::record_once(&self.world, archive, fact).await?;
         Err(failure.hint(format!(
@@ -292,9 +300,12 @@ async fn prepare(world: &World, options: &ClusterOptions) -> Result<Prepared, Fa
             match start(&mut connection, options, &frontier).await? {
                 Granted::Streaming => {}
                 Granted::Removed => {
-                    return Err(Failure::new(ExitCode::Unavailable, "the server removes WAL faster than it can be asked for")
-                        .disposition(Disposition::Reconnect)
-                        .hint("is the slot dropped by somebody else, or max_slot_wal_keep_size very small?"));
+                    return Err(Failure::new(
+                        ExitCode::Unavailable,
+                        "the server removes WAL faster than it can be asked for",
+                    )
+                    .disposition(Disposition::Reconnect)
+                    .hint("is the slot dropped by somebody else, or max_slot_wal_keep_size very small?"));
                 }
             }
         }

@@ -12,9 +12,7 @@ use super::world::{ClusterOptions, World};
 use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
 use crate::catalog::store::Archive;
 use crate::receiver::resume::Frontier;
-use crate::receiver::{
-    Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring,
-};
+use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
 use crate::replication::Connection;
 use crate::repository::layout::Epoch;
 use crate::wal::{Lsn, ScanOptions, Scanner};
@@ -79,8 +77,7 @@ pub async fn run(
     };
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
     let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);
-    let archiver =
-        Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
+    let archiver = Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
     let mut archiver = tokio::spawn(archiver.run(encoded_input));
     let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
     let encoding = tokio::spawn(encoding);

@@ -2,11 +2,11 @@
 //! Does not own: what a lost slot means for the archive (`cluster.rs` compares positions).
 //! Rests on proto-notes/02-commands.md, "slots": a lost slot behaves differently in every version.
 
-use super::world::World;
 use super::startup::{Server, SlotPresence};
+use super::world::World;
 use crate::error::{Advice, ExitCode, Failure};
-use crate::postgres::sql::{self, SlotRow};
 use crate::postgres::Purpose;
+use crate::postgres::sql::{self, SlotRow};
 use crate::replication::{Connection, Login, ReplicationError, SlotName, SlotReading};
 use crate::wal::Lsn;
 
@@ -14,10 +14,14 @@ use crate::wal::Lsn;
 #[derive(Clone, Debug, PartialEq)]
 pub enum Found {
     Absent,
-    Usable { restart_lsn: Lsn },
+    Usable {
+        restart_lsn: Lsn,
+    },
     /// Its WAL is given up, or none was ever reserved. Drop it and create it anew: on 16 and 17 a lost slot
     /// goes on moving without holding WAL, before 16 it comes back to life, from 18 on it is refused.
-    Lost { why: String },
+    Lost {
+        why: String,
+    },
     /// 13 and 14 without SQL: START_REPLICATION will tell.
     Unknown,
 }

@@ -13,8 +13,8 @@ use crate::catalog::store::{self, Archive, CatalogError};
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::receiver::resume::{self, Frontier, Plan, ServerPosition};
 use crate::replication::{Connection, SystemIdentity};
-use crate::repository::layout::{self, Lineage};
 use crate::repository::StoreErrorKind;
+use crate::repository::layout::{self, Lineage};
 use crate::wal::{History, Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// A server as it introduces itself.
@@ -37,8 +37,9 @@ pub async fn introduce(connection: &mut Connection, in_recovery: bool) -> Result
     let wal_level = connection.show("wal_level").await?;
     if !matches!(wal_level.as_str(), "replica" | "logical") {
         let message = format!("the server's wal_level is {wal_level}: its WAL cannot rebuild a server");
-        return Err(Failure::new(ExitCode::Config, message)
-            .hint("set wal_level = replica on the server and restart it"));
+        return Err(
+            Failure::new(ExitCode::Config, message).hint("set wal_level = replica on the server and restart it")
+        );
     }
     let segment_size = connection.wal_segment_size().await?;
     let wal_sender_timeout = parse_timeout(&connection.show("wal_sender_timeout").await?);
@@ -52,7 +53,8 @@ pub async fn introduce(connection: &mut Connection, in_recovery: bool) -> Result
         return Err(Failure::new(ExitCode::Data, message)
             .hint(format!("restore pg_wal/{:08X}.history on the server", identity.timeline.0)));
     }
-    for ancestor in history.ancestors().iter().map(|entry| entry.timeline).filter(|&timeline| timeline > TimelineId(1)) {
+    for ancestor in history.ancestors().iter().map(|entry| entry.timeline).filter(|&timeline| timeline > TimelineId(1))
+    {
         if let Some((_, content)) = connection.timeline_history(ancestor).await? {
             parse_history(ancestor, &content)?;
             history_files.push((ancestor, content));
@@ -314,9 +316,9 @@ async fn state_before(
     }
     let name = SegmentName::new(timeline, size.segment_before(boundary), size);
     let directory = archive.directory(layout::WalDirectory::of(name), size).await?;
-    Ok(directory.sealed(name).map_or(unknown, |entry| {
-        (entry.summary.carry.clone(), entry.summary.record_end.unwrap_or_default())
-    }))
+    Ok(directory
+        .sealed(name)
+        .map_or(unknown, |entry| (entry.summary.carry.clone(), entry.summary.record_end.unwrap_or_default())))
 }
 
 async fn record_fork(

@@ -32,7 +32,9 @@ pub async fn push_segment(
     writer.confirm_epoch(false).await?;
     let raw_crc32 = segment.raw_crc32();
     let stored = match store_segment(writer, name, &segment).await {
-        Ok(()) => StoredObject { stored_bytes: segment.stored_bytes(), stored_crc32: segment.stored_crc32(), raw_crc32 },
+        Ok(()) => {
+            StoredObject { stored_bytes: segment.stored_bytes(), stored_crc32: segment.stored_crc32(), raw_crc32 }
+        }
         // Our own success whose answer was lost, an earlier run's, or a stranger's: the content decides.
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
             compare_with_stored(writer, name, size, &segment, raw_crc32).await?

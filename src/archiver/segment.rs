@@ -22,7 +22,14 @@ pub type SharedUpload = Arc<Mutex<Option<Box<dyn Upload>>>>;
 pub enum Slot {
     Held(Arc<HeldFrame>),
     /// Appended to the segment's upload at `offset`.
-    Moved { start: Lsn, raw_bytes: u64, raw_crc32: u32, stored_crc32: u32, offset: u64, stored_bytes: u64 },
+    Moved {
+        start: Lsn,
+        raw_bytes: u64,
+        raw_crc32: u32,
+        stored_crc32: u32,
+        offset: u64,
+        stored_bytes: u64,
+    },
 }
 
 impl Slot {

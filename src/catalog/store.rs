@@ -488,7 +488,11 @@ impl Archive {
     /// One index file, by its name.
     pub async fn read_index(&self, name: IndexName, size: SegmentSize) -> Result<IndexFile, CatalogError> {
         let key = self.lineage.index(name);
-        let bytes = self.backend.stat(&key).await?.ok_or_else(|| CatalogError::Missing { object: place(self.backend(), &key) })?;
+        let bytes = self
+            .backend
+            .stat(&key)
+            .await?
+            .ok_or_else(|| CatalogError::Missing { object: place(self.backend(), &key) })?;
         self.index_file(name, bytes, WalDirectory::of(name.first), size).await
     }
 

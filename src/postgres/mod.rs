@@ -13,8 +13,8 @@ mod error;
 mod keywords;
 mod passfile;
 mod service;
-pub mod sql;
 mod settings;
+pub mod sql;
 mod syntax;
 
 pub use conninfo::{Conninfo, Logins, Purpose, TargetSessionAttrs};

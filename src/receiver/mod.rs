@@ -100,10 +100,14 @@ impl Advice for ReceiveError {
     fn hint(&self) -> Option<String> {
         match self {
             ReceiveError::Replication(error) => error.hint(),
-            ReceiveError::Scan(_) => Some("the record is asked for once more; if it arrives damaged again it is damaged on the server".into()),
+            ReceiveError::Scan(_) => Some(
+                "the record is asked for once more; if it arrives damaged again it is damaged on the server".into(),
+            ),
             ReceiveError::Diverged(error) => error.hint(),
             ReceiveError::NotContiguous { .. } => Some("is there a proxy between seawall and the server?".into()),
-            ReceiveError::PeerDead(_) => Some("the connection is opened anew; check the network if this repeats".into()),
+            ReceiveError::PeerDead(_) => {
+                Some("the connection is opened anew; check the network if this repeats".into())
+            }
             ReceiveError::PipelineClosed => None,
         }
     }
@@ -339,7 +343,8 @@ impl<'a> Receiver<'a> {
         let settled = {
             let progress = self.wiring.progress.borrow();
             let proven = progress.proven();
-            self.outbox.is_empty() && progress.stored().iter().all(|stored| stored.record_end >= proven.min(self.cut_to))
+            self.outbox.is_empty()
+                && progress.stored().iter().all(|stored| stored.record_end >= proven.min(self.cut_to))
         };
         let over = Instant::now() >= ending.deadline;
         match ending.by_server {
@@ -433,8 +438,13 @@ impl<'a> Receiver<'a> {
         let paused = if self.paused { !memory.has_room() } else { memory.is_exhausted() };
         if paused != self.paused {
             self.paused = paused;
-            tracing::info!(held_bytes = memory.held_bytes(), limit_bytes = memory.limit_bytes(), paused, "reading {}",
-                if paused { "pauses: the repository is behind" } else { "goes on" });
+            tracing::info!(
+                held_bytes = memory.held_bytes(),
+                limit_bytes = memory.limit_bytes(),
+                paused,
+                "reading {}",
+                if paused { "pauses: the repository is behind" } else { "goes on" }
+            );
             self.wiring.activity.send_replace(if paused { Activity::Paused } else { Activity::Streaming });
         }
     }
@@ -520,4 +530,3 @@ impl Chunk<'_> {
         Ok(scanner.feed(self.start, self.bytes)?)
     }
 }
-

@@ -36,7 +36,11 @@ pub struct Progress {
 impl Progress {
     /// `start` is where the stream begins, `stored` what each repository held when it was last looked at.
     pub fn new(start: Lsn, stored: Vec<Stored>, required: usize, slot_restart: Lsn) -> Progress {
-        assert!((1..=stored.len()).contains(&required), "{required} of {} repositories cannot be required", stored.len());
+        assert!(
+            (1..=stored.len()).contains(&required),
+            "{required} of {} repositories cannot be required",
+            stored.len()
+        );
         Progress {
             server_end: start,
             received: start,
@@ -92,8 +96,14 @@ impl Progress {
     /// A repository's contiguous frontier moved.
     pub fn handle_stored(&mut self, repository: usize, stored: Stored) {
         let before = &mut self.stored[repository];
-        assert!(stored.bytes_end >= before.bytes_end, "repository {repository} went back from {before:?} to {stored:?}");
-        assert!(stored.record_end >= before.record_end, "repository {repository} went back from {before:?} to {stored:?}");
+        assert!(
+            stored.bytes_end >= before.bytes_end,
+            "repository {repository} went back from {before:?} to {stored:?}"
+        );
+        assert!(
+            stored.record_end >= before.record_end,
+            "repository {repository} went back from {before:?} to {stored:?}"
+        );
         assert!(stored.record_end <= stored.bytes_end, "a record end beyond the stored bytes: {stored:?}");
         *before = stored;
         self.advance();

@@ -58,7 +58,9 @@ pub enum Plan {
 /// Why this server must not be streamed from.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    #[error("the server is on timeline {server}, the archive already follows timeline {archived}, which is not in the server's history")]
+    #[error(
+        "the server is on timeline {server}, the archive already follows timeline {archived}, which is not in the server's history"
+    )]
     Demoted { server: TimelineId, archived: TimelineId },
     #[error("the archive holds timeline {timeline} up to {archived}, the server has only written {server}")]
     BehindArchive { timeline: TimelineId, archived: Lsn, server: Lsn },
@@ -110,9 +112,7 @@ pub fn plan(server: &ServerPosition, frontiers: &[Frontier]) -> Result<Plan, Ref
         }
         (Some(_), _) => Ok(Plan::Continue(frontier.clone())),
         (None, _) if archived <= server.flush_lsn => Ok(Plan::Continue(frontier.clone())),
-        (None, _) if server.in_recovery => {
-            Err(Refusal::StandbyLags { timeline, archived, server: server.flush_lsn })
-        }
+        (None, _) if server.in_recovery => Err(Refusal::StandbyLags { timeline, archived, server: server.flush_lsn }),
         (None, _) => Err(Refusal::BehindArchive { timeline, archived, server: server.flush_lsn }),
     }
 }
@@ -125,7 +125,9 @@ pub fn child_frontier(child: TimelineId, fork: Lsn, size: SegmentSize, carry: Ca
 
 /// The server's bytes differ from what is stored under the same positions: another history of the same name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the server's WAL differs from the archive's in [{from}, {to}): CRC-32 {found:08x} received, {stored:08x} stored")]
+#[error(
+    "the server's WAL differs from the archive's in [{from}, {to}): CRC-32 {found:08x} received, {stored:08x} stored"
+)]
 pub struct Divergence {
     pub from: Lsn,
     pub to: Lsn,
