@@ -381,7 +381,7 @@ impl Connection {
                 b'E' => {
                     let error = ServerError::decode(body, phase);
                     if error.is_fatal() {
-                        return Err(self.broken(ReplicationError::Server(error)));
+                        return Err(self.broken(ReplicationError::Server(error.into())));
                     }
                     refused = Some(error);
                     Ok(())
@@ -392,7 +392,7 @@ impl Connection {
                 }
                 b'Z' => {
                     self.state = State::Ready;
-                    return refused.map_or(Ok(Some(result)), |error| Err(ReplicationError::Server(error)));
+                    return refused.map_or(Ok(Some(result)), |error| Err(ReplicationError::Server(error.into())));
                 }
                 _ => Err(unexpected(tag)),
             };
@@ -477,7 +477,7 @@ impl Connection {
             b'E' => {
                 let error = ServerError::decode(body, phase);
                 self.state = if error.is_fatal() { State::Broken } else { State::StreamFailed };
-                Err(ReplicationError::Server(error))
+                Err(ReplicationError::Server(error.into()))
             }
             // Without CopyDone: everything was sent and acknowledged, and the server shuts down (facts 3.5).
             b'C' => Err(self.broken(ReplicationError::ServerStopping)),

@@ -90,7 +90,7 @@ pub struct Faults {
     pub cut_after: Option<u64>,
     /// Once: these bytes instead of the next message of a stream.
     pub garbage: Option<Vec<u8>>,
-    /// Once: the next message of a stream is this error, by SQLSTATE, and the stream ends.
+    /// Once: the next message of a stream is this error, by SQLSTATE, and the stream ends; with `57P..` the session.
     pub error: Option<String>,
     /// The WAL byte at each of these positions is sent with all its bits turned.
     pub corrupt: BTreeSet<Lsn>,
@@ -768,6 +768,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             self.flush().await?;
             self.cut = self.server.peek(|state| state.faults.cut_after.take());
             match self.stream(&mut sending).await? {
+                Next::Refused(refusal) if refusal.sqlstate.starts_with("57P") => {
+                    self.fatal(&refusal).await?;
+                    return Err(gone());
+                }
                 Next::Refused(refusal) => return self.end_with_error(&refusal).await,
                 Next::Stopped => {
                     self.push(b'C', b"COPY 0\0");
