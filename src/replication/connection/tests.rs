@@ -382,7 +382,7 @@ async fn an_error_in_the_stream_is_told_from_a_refusal() {
     assert_eq!((error.phase, error.sqlstate.as_str()), (Phase::Streaming, "58P01"));
     connection.identify_system().await.unwrap();
 
-    connection.start_replication(&slot(), START, ONE).await.unwrap();
+    connection.start_replication(&slot(), START + 1000, ONE).await.unwrap();
     server.with(|state| state.faults.error = Some("57P01".into()));
     let error = event(&mut connection).await.unwrap_err();
     assert_eq!((error.sqlstate(), error.disposition()), (Some("57P01"), Disposition::Reconnect));
