@@ -419,7 +419,7 @@ impl Connection {
     /// reading. May be dropped at any time. EOF is [`ReplicationError::Closed`].
     pub async fn fill(&mut self) -> Result<(), ReplicationError> {
         let phase = self.stream_phase();
-        if !matches!(self.state, State::Streaming | State::ServerDone | State::StreamFailed) {
+        if !matches!(self.state, State::Streaming | State::ServerDone) {
             return Err(ReplicationError::Misuse { phase, state: self.state.name() });
         }
         poll_fn(|context| self.poll_exchange_bytes(context, phase)).await

@@ -409,6 +409,23 @@ async fn a_stopping_server_waits_for_the_acknowledgement() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_crashed_server_ends_every_session() {
+    let server = server(1000);
+    let mut streaming = start(&server, START).await;
+    let mut idle = open(&server).await;
+    server.with(|state| state.crash());
+    let error = read_wal(&mut streaming, 2000).await.unwrap_err();
+    assert!(matches!(error, ReplicationError::Closed { .. }), "{error}");
+    let error = idle.identify_system().await.unwrap_err();
+    assert_eq!(error.disposition(), Disposition::Reconnect, "{error}");
+    assert_eq!(server.with(|state| (state.sessions_open, state.slots["s"].active)), (0, None));
+    server.with(|state| state.faults.unreachable = true);
+    assert!(Connection::open(&server.dialer(), &login()).await.is_err());
+    server.with(|state| state.faults.unreachable = false);
+    start(&server, START).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_idle_server_pings_and_then_hangs_up() {
     let server = server(0);
     server.with(|state| state.wal_sender_timeout = Some(Duration::from_secs(3)));
