@@ -123,7 +123,7 @@ impl<'a> Handshake<'a> {
         match (tag, &self.state) {
             (b'E', _) => {
                 let error = ServerError::decode(body, Phase::Connect);
-                Err(ConnectError::Server { peer: Peer::of(self.login), error })
+                Err(ConnectError::Server { peer: Peer::of(self.login).into(), error: error.into() })
             }
             // 19 warns after an MD5 login; NegotiateProtocolVersion may come from a pooler: 3.0 is what we speak.
             (b'N' | b'v', _) => Ok(Step::Continue),
