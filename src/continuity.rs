@@ -360,7 +360,7 @@ mod tests {
     fn a_parent_that_ends_before_the_fork_leaves_a_gap_unless_the_child_repeats_it() {
         let path = history(2, "1\t0/4800000\tx\n");
         let short = run(1, 0x100_0000, 0x380_0000);
-        assert_eq!(holes(&path, &[short.clone()], None), [(1, 0x380_0000, 0x480_0000)]);
+        assert_eq!(holes(&path, std::slice::from_ref(&short), None), [(1, 0x380_0000, 0x480_0000)]);
         // The child's first segment holds the parent's bytes from 0/4000000 on.
         let child = run(2, 0x400_0000, 0x500_0000);
         assert_eq!(holes(&path, &[short, child], None), [(1, 0x380_0000, 0x400_0000)]);

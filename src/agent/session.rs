@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::world::{ClusterOptions, World};
 use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
@@ -78,9 +79,9 @@ pub async fn run(
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
     let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);
     let archiver = Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
-    let mut archiver = tokio::spawn(archiver.run(encoded_input));
+    let mut archiver = AbortOnDropHandle::new(tokio::spawn(archiver.run(encoded_input)));
     let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
-    let encoding = tokio::spawn(encoding);
+    let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
     let wiring = Wiring {

@@ -207,7 +207,7 @@ mod tests {
     }
 
     fn sample(bytes: usize) -> Vec<u8> {
-        (0..bytes).map(|i| (i * i >> 7) as u8).collect()
+        (0..bytes).map(|i| ((i * i) >> 7) as u8).collect()
     }
 
     /// Two frames, 300 000 raw bytes.

@@ -350,6 +350,19 @@ mod tests {
         assert!(result.describe(b"\xff\xff").is_err());
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_bytes_make_an_answer_panic(columns: Vec<u8>, rows: Vec<Vec<u8>>) {
+            let mut result = QueryResult::default();
+            let _ = result.describe(&columns);
+            for row in &rows {
+                let _ = result.push_row(row);
+            }
+            let _ = (decode_identify_system(&result), decode_read_slot(&result), decode_timeline_end(&result));
+            let _ = decode_timeline_history(result);
+        }
+    }
+
     #[test]
     fn an_endless_answer_is_cut_off() {
         let mut result = QueryResult::default();

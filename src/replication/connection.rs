@@ -381,7 +381,7 @@ impl Connection {
                 b'E' => {
                     let error = ServerError::decode(body, phase);
                     if error.is_fatal() {
-                        return Err(self.broken(ReplicationError::Server(error)));
+                        return Err(self.broken(ReplicationError::Server(error.into())));
                     }
                     refused = Some(error);
                     Ok(())
@@ -392,7 +392,7 @@ impl Connection {
                 }
                 b'Z' => {
                     self.state = State::Ready;
-                    return refused.map_or(Ok(Some(result)), |error| Err(ReplicationError::Server(error)));
+                    return refused.map_or(Ok(Some(result)), |error| Err(ReplicationError::Server(error.into())));
                 }
                 _ => Err(unexpected(tag)),
             };
@@ -419,7 +419,7 @@ impl Connection {
     /// reading. May be dropped at any time. EOF is [`ReplicationError::Closed`].
     pub async fn fill(&mut self) -> Result<(), ReplicationError> {
         let phase = self.stream_phase();
-        if !matches!(self.state, State::Streaming | State::ServerDone | State::StreamFailed) {
+        if !matches!(self.state, State::Streaming | State::ServerDone) {
             return Err(ReplicationError::Misuse { phase, state: self.state.name() });
         }
         poll_fn(|context| self.poll_exchange_bytes(context, phase)).await
@@ -477,7 +477,7 @@ impl Connection {
             b'E' => {
                 let error = ServerError::decode(body, phase);
                 self.state = if error.is_fatal() { State::Broken } else { State::StreamFailed };
-                Err(ReplicationError::Server(error))
+                Err(ReplicationError::Server(error.into()))
             }
             // Without CopyDone: everything was sent and acknowledged, and the server shuts down (facts 3.5).
             b'C' => Err(self.broken(ReplicationError::ServerStopping)),

@@ -151,7 +151,7 @@ pub enum ConnectError {
     #[error("could not connect to {target}: the server closed the connection during start-up")]
     Closed { target: String },
     #[error("could not connect to {}: {error}", .peer.target)]
-    Server { peer: Peer, error: ServerError },
+    Server { peer: Box<Peer>, error: Box<ServerError> },
     #[error("could not connect to {target}: the server does not offer TLS, and sslmode is `require`")]
     TlsNotOffered { target: String },
     #[error("could not connect to {target}: the server's answer to the TLS request is no answer of PostgreSQL's")]
@@ -279,7 +279,7 @@ fn quote_ident(name: &str) -> String {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReplicationError {
     #[error("could not {phase}: {error}", phase = .0.phase, error = .0)]
-    Server(ServerError),
+    Server(Box<ServerError>),
     /// The peer vanished: EOF without a word.
     #[error("could not {phase}: the server closed the connection")]
     Closed { phase: Phase },
@@ -441,7 +441,7 @@ mod tests {
 
     fn refused(sqlstate: &str) -> ConnectError {
         let error = ServerError::decode(&body(&[(b'C', sqlstate), (b'V', "FATAL"), (b'M', "nein")]), Phase::Connect);
-        ConnectError::Server { peer: peer(true), error }
+        ConnectError::Server { peer: peer(true).into(), error: error.into() }
     }
 
     #[test]
@@ -483,7 +483,7 @@ mod tests {
     fn start_faults_go_by_sqlstate() {
         let fault = |sqlstate: &str| {
             let error = ServerError::decode(&body(&[(b'C', sqlstate), (b'M', "x")]), Phase::StartReplication);
-            StartFault::of(&ReplicationError::Server(error)).unwrap()
+            StartFault::of(&ReplicationError::Server(error.into())).unwrap()
         };
         assert_eq!(fault("42704"), StartFault::SlotMissing);
         assert_eq!(fault("55006"), StartFault::SlotBusy);

@@ -123,7 +123,7 @@ impl<'a> Handshake<'a> {
         match (tag, &self.state) {
             (b'E', _) => {
                 let error = ServerError::decode(body, Phase::Connect);
-                Err(ConnectError::Server { peer: Peer::of(self.login), error })
+                Err(ConnectError::Server { peer: Peer::of(self.login).into(), error: error.into() })
             }
             // 19 warns after an MD5 login; NegotiateProtocolVersion may come from a pooler: 3.0 is what we speak.
             (b'N' | b'v', _) => Ok(Step::Continue),
@@ -272,7 +272,7 @@ mod tests {
             password: Some(Secret::new("geheim")),
             kind: SessionKind::Physical,
             application_name: "seawall".into(),
-            options: "-c wal_sender_timeout=3s".into(),
+            options: "-c a=3s".into(),
             connect_timeout: Duration::from_secs(1),
             answer_timeout: Duration::from_secs(1),
             keepalive: None,
@@ -291,7 +291,7 @@ mod tests {
         assert_eq!(&packet[4..8], &[0, 3, 0, 0]);
         assert_eq!(
             text,
-            "user|archiver|application_name|seawall|client_encoding|UTF8|replication|true|options|-c wal_sender_timeout=3s||"
+            "user|archiver|application_name|seawall|client_encoding|UTF8|replication|true|options|-c a=3s||"
         );
         let sql = Login { kind: SessionKind::Sql { database: "app".into() }, ..login() };
         assert!(String::from_utf8_lossy(&startup_packet(&sql).unwrap()).contains("database\0app\0"));

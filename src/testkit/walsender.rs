@@ -84,13 +84,15 @@ pub enum ModelAuth {
 /// What goes wrong, and when. Each fault of one occurrence is taken by the first session it befalls.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
+    /// Nobody can connect through [`ModelServer::dialer`]: the host is down.
+    pub unreachable: bool,
     /// Refuses every new session with this SQLSTATE.
     pub refuse: Option<String>,
     /// Once: closes the connection after this many more bytes of a stream, wherever that is in a message.
     pub cut_after: Option<u64>,
     /// Once: these bytes instead of the next message of a stream.
     pub garbage: Option<Vec<u8>>,
-    /// Once: the next message of a stream is this error, by SQLSTATE, and the stream ends.
+    /// Once: the next message of a stream is this error, by SQLSTATE, and the stream ends; with `57P..` the session.
     pub error: Option<String>,
     /// The WAL byte at each of these positions is sent with all its bits turned.
     pub corrupt: BTreeSet<Lsn>,
@@ -143,6 +145,8 @@ pub struct ModelState {
     /// Sessions opened, also those refused.
     pub sessions_opened: u64,
     pub sessions_open: u64,
+    /// Sessions up to this number are dead: see [`ModelState::crash`].
+    dead: u64,
     /// Every command and query, in order.
     pub commands: Vec<String>,
     pub keepalives_sent: u64,
@@ -188,6 +192,11 @@ impl ModelState {
         self.wal.insert(timeline, ModelWal { start, bytes: Arc::new(bytes), flush: switch, cyclic: false });
         self.timeline = timeline;
         self.in_recovery = false;
+    }
+
+    /// Every open session ends at once, without a word, as in a crash or a cut network. New ones are welcome.
+    pub fn crash(&mut self) {
+        self.dead = self.sessions_opened;
     }
 
     /// PostgreSQL's major version.
@@ -308,6 +317,7 @@ impl ModelServer {
             max_flush_reported: Lsn::ZERO,
             sessions_opened: 0,
             sessions_open: 0,
+            dead: 0,
             commands: Vec::new(),
             keepalives_sent: 0,
             startup: BTreeMap::new(),
@@ -376,7 +386,11 @@ pub struct ModelDialer {
 
 #[async_trait]
 impl Dial for ModelDialer {
-    async fn dial(&self, _login: &Login) -> Result<Box<dyn Transport>, ConnectError> {
+    async fn dial(&self, login: &Login) -> Result<Box<dyn Transport>, ConnectError> {
+        if self.server.peek(|state| state.faults.unreachable) {
+            let tried = vec!["no route to host".to_string()];
+            return Err(ConnectError::Network { target: login.address.to_string(), tried });
+        }
         let (client, server) = tokio::io::duplex(DUPLEX_BYTES);
         tokio::spawn(self.server.clone().serve(server));
         Ok(Box::new(client))
@@ -768,6 +782,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             self.flush().await?;
             self.cut = self.server.peek(|state| state.faults.cut_after.take());
             match self.stream(&mut sending).await? {
+                Next::Refused(refusal) if refusal.sqlstate.starts_with("57P") => {
+                    self.fatal(&refusal).await?;
+                    return Err(gone());
+                }
                 Next::Refused(refusal) => return self.end_with_error(&refusal).await,
                 Next::Stopped => {
                     self.push(b'C', b"COPY 0\0");
@@ -861,6 +879,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
         let mut chunk = vec![0; 16 << 10];
         loop {
             self.changed.borrow_and_update();
+            self.live()?;
             while let Some((tag, body)) = take_message(&mut self.input)? {
                 self.hear(sending, tag, &body)?;
             }
@@ -1096,6 +1115,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
     async fn flush(&mut self) -> io::Result<()> {
         while self.server.peek(|state| state.faults.stall_writing) {
             self.changed.changed().await.map_err(|_| gone())?;
+            self.live()?;
         }
         self.writer.write_all(&self.output).await?;
         self.output.clear();
@@ -1109,14 +1129,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             if let Some(message) = take_message(&mut self.input)? {
                 return Ok(Some(message));
             }
-            while self.server.peek(|state| state.faults.stall_reading) {
-                self.changed.changed().await.map_err(|_| gone())?;
-            }
-            match self.reader.read(&mut chunk).await? {
-                0 => return Ok(None),
-                count => self.input.extend_from_slice(&chunk[..count]),
+            self.changed.borrow_and_update();
+            self.live()?;
+            let deaf = self.server.peek(|state| state.faults.stall_reading);
+            tokio::select! {
+                biased;
+                _ = self.changed.changed() => {}
+                count = self.reader.read(&mut chunk), if !deaf => match count? {
+                    0 => return Ok(None),
+                    count => self.input.extend_from_slice(&chunk[..count]),
+                }
             }
         }
+    }
+
+    /// An error once the server has crashed.
+    fn live(&self) -> io::Result<()> {
+        if self.server.peek(|state| self.id <= state.dead) { Err(gone()) } else { Ok(()) }
     }
 }
 

@@ -208,6 +208,11 @@ impl Pending {
         self.prefix.first_chunk().map(RecordHeader::parse)
     }
 
+    /// Of the whole record, once all of it was appended.
+    fn record_crc(&self) -> u32 {
+        crc32c::crc32c_append(self.crc, &self.prefix[..CRC_OFFSET])
+    }
+
     fn append(&mut self, piece: &[u8]) {
         let header_left = RECORD_HEADER_BYTES.saturating_sub(self.received as usize).min(piece.len());
         let (header, body) = piece.split_at(header_left);
@@ -407,7 +412,7 @@ impl Chain {
         }
         checked
             .and_then(|()| self.enter_page(&short))
-            .map_err(|fault| self.fault_at(self.page, self.page, fault, &page[..header_bytes]))?;
+            .map_err(|fault| self.fault_at(self.page, self.unproven_from(), fault, &page[..header_bytes]))?;
         self.page_timeline = Some(short.timeline);
         self.cursor = header_bytes;
         Ok(true)
@@ -560,8 +565,7 @@ impl Chain {
         if align8(end) > page.len() {
             return Ok(false);
         }
-        let (head, body) = record.split_at(RECORD_HEADER_BYTES);
-        self.check_crc(&header, crc32c::crc32c(body), head).map_err(|fault| self.record_fault(start, fault, record))?;
+        check_crc(&header, record::record_crc(record)).map_err(|fault| self.record_fault(start, fault, record))?;
         self.check_padding(page, end, start)?;
         self.segments.count_record(start);
         self.take_content(&header, start, record)?;
@@ -580,12 +584,6 @@ impl Chain {
             None if header.prev >= start => Err(ScanFault::PreviousLinkAhead { found: header.prev }),
             _ => Ok(()),
         }
-    }
-
-    #[inline]
-    fn check_crc(&self, header: &RecordHeader, body_crc: u32, head: &[u8]) -> Result<(), ScanFault> {
-        let computed = crc32c::crc32c_append(body_crc, &head[..CRC_OFFSET]);
-        if computed == header.crc { Ok(()) } else { Err(ScanFault::Crc { computed, header: header.crc }) }
     }
 
     /// The server fills pages from zeroed buffers, so the bytes up to the next record are zero.
@@ -618,11 +616,14 @@ impl Chain {
         if !header.is_overwrite_contrecord() {
             return Err(ScanFault::MissingOverwrite);
         }
-        let overwritten = self.overwritten.take().ok_or(ScanFault::UnexpectedOverwrite)?;
+        let overwritten = self.overwritten.as_ref().ok_or(ScanFault::UnexpectedOverwrite)?;
         let found = record::overwritten_lsn(main).ok_or(ScanFault::MissingOverwrite)?;
         match overwritten.lsn {
             Some(expected) if found != expected => Err(ScanFault::OverwrittenLsn { found, expected }),
-            _ => Ok(()),
+            _ => {
+                self.overwritten = None;
+                Ok(())
+            }
         }
     }
 
@@ -677,7 +678,7 @@ impl Chain {
         let State::Pending(pending) = std::mem::replace(&mut self.state, State::Records) else { return Ok(()) };
         let (start, prefix) = (pending.lsn, &pending.prefix);
         let header = pending.header().expect("a record is never shorter than its header");
-        self.check_crc(&header, pending.crc, prefix).map_err(|fault| self.record_fault(start, fault, prefix))?;
+        check_crc(&header, pending.record_crc()).map_err(|fault| self.record_fault(start, fault, prefix))?;
         self.check_padding(page, end, start)?;
         self.segments.count_long_record(start);
         if !pending.header_only {
@@ -689,6 +690,14 @@ impl Chain {
 
     // ---- faults ----
 
+    /// A page that does not fit may be the fault of the record that it should continue.
+    fn unproven_from(&self) -> Lsn {
+        match &self.state {
+            State::Pending(pending) => pending.lsn,
+            _ => self.page,
+        }
+    }
+
     #[cold]
     fn fault_at(&self, lsn: Lsn, record: Lsn, fault: ScanFault, evidence: &[u8]) -> ScanError {
         let evidence = &evidence[..evidence.len().min(LONG_HEADER_BYTES)];
@@ -697,7 +706,9 @@ impl Chain {
 
     #[cold]
     fn record_fault(&self, start: Lsn, fault: ScanFault, record: &[u8]) -> ScanError {
-        self.fault_at(start, start, fault, &record[..record.len().min(RECORD_HEADER_BYTES)])
+        // Until the record that says so is proven, giving up another one is a claim.
+        let unproven_from = self.overwritten.as_ref().and_then(|given_up| given_up.lsn).unwrap_or(start);
+        self.fault_at(start, unproven_from, fault, &record[..record.len().min(RECORD_HEADER_BYTES)])
     }
 
     #[cold]
@@ -706,6 +717,10 @@ impl Chain {
         let fault = if total == 0 { ScanFault::NoRecord } else { ScanFault::RecordLength(total) };
         self.record_fault(start, fault, unread.get(..4).unwrap_or_default())
     }
+}
+
+fn check_crc(header: &RecordHeader, computed: u32) -> Result<(), ScanFault> {
+    if computed == header.crc { Ok(()) } else { Err(ScanFault::Crc { computed, header: header.crc }) }
 }
 
 fn align8(offset: usize) -> usize {

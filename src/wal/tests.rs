@@ -486,7 +486,7 @@ fn golden_pages_of_18_and_19() {
 }
 
 /// Every bit of a WAL with each kind of region. Not noticed, and not noticeable: BKP_REMOVABLE of 13-18 (either value
-/// is legal), and a flip that turns the first page's magic into another one: nothing says which it should be, so the
+/// is legal), what is left of a record that was given up (nobody reads it), and a flip that turns the first page's magic into another one: nothing says which it should be, so the
 /// caller compares `Scanner::magic` with the server's version.
 #[test]
 fn every_flipped_bit_is_noticed() {
@@ -496,7 +496,11 @@ fn every_flipped_bit_is_noticed() {
         wal.commit(1, time(1));
         wal.insert(2, &vec![2; 17_003]);
         wal.insert_block(2, (1, 2, 3), 4, &[5; 19], &[6; 3]);
-        wal.overwriting_tail();
+        let given_up = (wal.flush_lsn() - wal.start()) as usize;
+        wal.insert(3, &vec![3; 10_000]);
+        wal.overwrite_contrecord(time(4));
+        let given_up = given_up..(given_up + 8191) & !8191;
+        wal.commit(5, time(5));
         let end = wal.flush_lsn();
         wal.switch();
         wal.commit(9, time(9));
@@ -505,6 +509,9 @@ fn every_flipped_bit_is_noticed() {
         let next = (MIB) as usize;
         let interesting = (0..tail).chain([tail + 8, tail + 8192, next - 1]).chain(next..bytes.len());
         for at in interesting.filter(|at| (8192..16384).contains(at) == (at % 61 == 0) || at % 8192 < 100) {
+            if given_up.contains(&at) {
+                continue;
+            }
             for bit in 0..8 {
                 let page_flags = at % 8192 == 2 && !(tail..next).contains(&at);
                 if page_flags && bit == 2 && version <= 18 {
@@ -514,25 +521,21 @@ fn every_flipped_bit_is_noticed() {
                 let mut scanner = scanner(&wal);
                 let result = scanner.feed(wal.start(), &bytes);
                 bytes[at] ^= 1 << bit;
-                let noticed = result.is_err() || scanner.proof() == Proof::Unproven && at < 2;
+                // A record that now claims to be longer just is not proven, until more comes.
+                let noticed = result.is_err()
+                    || scanner.proven() < wal.flush_lsn()
+                    || scanner.proof() == Proof::Unproven && at < 2;
                 assert!(noticed, "version {version}, bit {bit} of byte {at} flipped unnoticed");
                 // A first page that claims another version is noticed on the second: here the caller knows better.
                 if let Err(error) = result
                     && at >= 2
                 {
-                    assert!(error.record <= wal.start() + at as u64, "{error}");
+                    // A page header may only be refuted by the record behind it.
+                    assert!(error.record.0 & !8191 <= wal.start().0 + at as u64, "{error}");
                     assert!(error.record >= scanner.proven(), "{error}");
                 }
             }
         }
-    }
-}
-
-impl WalWriter {
-    fn overwriting_tail(&mut self) {
-        self.insert(3, &vec![3; 10_000]);
-        self.overwrite_contrecord(time(4));
-        self.commit(5, time(5));
     }
 }
 
@@ -606,7 +609,7 @@ fn a_claim_of_1020_mib_costs_no_memory() {
     bytes.resize(8192, 0);
     scanner.feed(wal.flush_lsn(), &bytes[(wal.flush_lsn() - wal.start()) as usize..]).unwrap();
     let error = scanner.feed(wal.start() + 8192, &[0; 8192]).unwrap_err();
-    assert_eq!(error.record, wal.start() + 8192);
+    assert_eq!((error.lsn, error.record), (wal.start() + 8192, wal.start() + 40));
 }
 
 #[test]
@@ -710,6 +713,23 @@ fn bench_scan() {
     let mut large = writer_at(18, 16, Lsn(16 * MIB));
     while large.flush_lsn().0 < 256 * MIB {
         large.insert(9, &[9; 7000]);
+    }
+    let mut records = vec![];
+    for end in small.record_starts().windows(2).take(1_000_000) {
+        let (start, end) = ((end[0] - small.start()) as usize, (end[1] - small.start()) as usize);
+        let total = u32::from_le_bytes(*all(&small)[start..].first_chunk().unwrap()) as usize;
+        if start / 8192 == end / 8192 {
+            records.push(&all(&small)[start..start + total]);
+        }
+    }
+    let two_calls = |record: &[u8]| crc32c::crc32c_append(crc32c::crc32c(&record[24..]), &record[..20]);
+    for (what, crc) in [("two calls", &two_calls as &dyn Fn(&[u8]) -> u32), ("one", &record::record_crc)] {
+        let started = std::time::Instant::now();
+        let sum = records.iter().fold(0, |sum, record| sum ^ crc(record));
+        println!(
+            "crc by {what}: {:.1} ns per record ({sum:x})",
+            started.elapsed().as_nanos() as f64 / records.len() as f64
+        );
     }
     for (what, wal) in [("small records", &small), ("7 kB records", &large)] {
         for chunk_bytes in [128 << 10, 8192 + 25, 1000] {

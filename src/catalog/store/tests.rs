@@ -53,7 +53,7 @@ fn entry(number: u64, raw_crc32: u32) -> IndexEntry {
         drops: Vec::new(),
         truncations: Vec::new(),
         truncated: false,
-        carry: Carry { last_record: Some(Lsn(number * MIB + 40)) },
+        carry: Carry { last_record: Some(Lsn(number * MIB + 40)), ..Carry::default() },
     };
     IndexEntry {
         segment: name(number),

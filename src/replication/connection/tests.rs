@@ -29,7 +29,7 @@ fn login() -> Login {
 }
 
 fn bytes(count: usize) -> Vec<u8> {
-    (0..count).map(|i| (i * 31 >> 3) as u8).collect()
+    (0..count).map(|i| ((i * 31) >> 3) as u8).collect()
 }
 
 /// A server with `count` bytes of WAL and a slot `s`.
@@ -381,6 +381,13 @@ async fn an_error_in_the_stream_is_told_from_a_refusal() {
     let ReplicationError::Server(error) = event(&mut connection).await.unwrap_err() else { panic!() };
     assert_eq!((error.phase, error.sqlstate.as_str()), (Phase::Streaming, "58P01"));
     connection.identify_system().await.unwrap();
+
+    connection.start_replication(&slot(), START + 1000, ONE).await.unwrap();
+    server.with(|state| state.faults.error = Some("57P01".into()));
+    let error = event(&mut connection).await.unwrap_err();
+    assert_eq!((error.sqlstate(), error.disposition()), (Some("57P01"), Disposition::Reconnect));
+    assert!(!error.leaves_connection_usable());
+    assert!(matches!(connection.identify_system().await, Err(ReplicationError::Misuse { .. })));
 }
 
 #[tokio::test(start_paused = true)]
@@ -399,6 +406,23 @@ async fn a_stopping_server_waits_for_the_acknowledgement() {
     connection.queue_status(status(START + 1000));
     assert_eq!(event(&mut connection).await, Err(ReplicationError::ServerStopping));
     assert_eq!(server.with(|state| state.sessions_open), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_crashed_server_ends_every_session() {
+    let server = server(1000);
+    let mut streaming = start(&server, START).await;
+    let mut idle = open(&server).await;
+    server.with(|state| state.crash());
+    let error = read_wal(&mut streaming, 2000).await.unwrap_err();
+    assert!(matches!(error, ReplicationError::Closed { .. }), "{error}");
+    let error = idle.identify_system().await.unwrap_err();
+    assert_eq!(error.disposition(), Disposition::Reconnect, "{error}");
+    assert_eq!(server.with(|state| (state.sessions_open, state.slots["s"].active)), (0, None));
+    server.with(|state| state.faults.unreachable = true);
+    assert!(Connection::open(&server.dialer(), &login()).await.is_err());
+    server.with(|state| state.faults.unreachable = false);
+    start(&server, START).await;
 }
 
 #[tokio::test(start_paused = true)]
@@ -584,4 +608,45 @@ async fn a_live_server() {
     println!("slot: {:?}", connection.read_slot(&slot).await.unwrap());
     connection.drop_slot(&slot).await.unwrap();
     connection.close().await;
+}
+
+/// `SEAWALL_LIVE_END="<socket directory> <port> <user>"`: streams and acknowledges until the server is stopped or
+/// promoted by somebody else, and follows it onto the next timeline.
+#[tokio::test]
+async fn a_live_end() {
+    let Ok(text) = std::env::var("SEAWALL_LIVE_END") else { return };
+    let [directory, port, user] = text.split(' ').collect::<Vec<_>>()[..] else { panic!("three words") };
+    let address = Address::Unix { directory: directory.into(), port: port.parse().unwrap() };
+    let mut connection = Connection::open(&NetDialer, &Login { address, user: user.into(), ..login() }).await.unwrap();
+    let identity = connection.identify_system().await.unwrap();
+    let slot = SlotName::new("seawall_end").unwrap();
+    let _ = connection.create_physical_slot(&slot).await;
+    println!("standby {:?}, {identity:?}", connection.in_hot_standby());
+    let from = connection.wal_segment_size().await.unwrap().floor(identity.flush_lsn);
+    connection.start_replication(&slot, from, identity.timeline).await.unwrap();
+    let error = loop {
+        match connection.next_event() {
+            Ok(Some(StreamEvent::Wal { start, bytes, .. })) => {
+                let end = start + bytes.len() as u64;
+                connection.queue_status(status(end));
+            }
+            Ok(Some(StreamEvent::Keepalive { server_end, .. })) => connection.queue_status(status(server_end)),
+            Ok(Some(StreamEvent::TimelineEnd)) => break None,
+            Ok(None) => connection.fill().await.unwrap(),
+            Err(error) => break Some(error),
+        }
+    };
+    if let Some(error) = error {
+        return println!("ended: {error}");
+    }
+    let end = connection.finish_stream().await.unwrap().unwrap();
+    println!("{end:?}, standby {:?}", connection.in_hot_standby());
+    println!("{:?}", connection.timeline_history(end.next_timeline).await.unwrap());
+    let old = identity.timeline;
+    println!("at the end: {:?}", connection.start_replication(&slot, end.next_start, old).await.unwrap());
+    let past = connection.start_replication(&slot, end.next_start + 8, old).await.unwrap_err();
+    println!("past the end: {past}");
+    println!("next: {:?}", connection.start_replication(&slot, end.next_start, end.next_timeline).await.unwrap());
+    read_wal(&mut connection, 1).await.unwrap();
+    println!("finish: {:?}", connection.finish_stream().await.unwrap());
 }

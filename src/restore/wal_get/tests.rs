@@ -36,7 +36,7 @@ fn name(timeline: u32, number: u64) -> SegmentName {
 
 /// A segment's bytes: a long header, then a pattern that differs between segments and branches.
 fn raw(timeline: u32, number: u64, branch: u8) -> Vec<u8> {
-    let mut raw: Vec<u8> = (0..MIB).map(|i| ((i * i >> 9) as u8).wrapping_add(number as u8) ^ branch).collect();
+    let mut raw: Vec<u8> = (0..MIB).map(|i| (((i * i) >> 9) as u8).wrapping_add(number as u8) ^ branch).collect();
     raw[..40].fill(0);
     raw[0..2].copy_from_slice(&0xD118u16.to_le_bytes());
     raw[2..4].copy_from_slice(&6u16.to_le_bytes());
@@ -395,6 +395,28 @@ async fn entries_that_disagree_are_a_conflict_and_repairs_are_preferred() {
 
     world.index(entry(at, &raw(1, 4, 9), &stored), 3);
     assert!(world.fault(at).await.contains("disagree"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn valid_content_that_is_not_the_indexed_one_is_refused() {
+    let (world, at) = (World::new(), name(1, 4));
+    let stored = encode(&raw(1, 4, 0));
+    world.put(&lineage().segment(at), &stored);
+    // Same size, every frame valid, the header fits: only the index entry tells them apart.
+    world.index(entry(at, &raw(1, 4, 9), &stored), 1);
+    assert!(world.fault(at).await.contains("its content has CRC-32"));
+    world.put(&lineage().segment(at), &stored[..stored.len() - 1]);
+    assert!(world.fault(at).await.contains("its index entry says"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_the_end_of_the_plan_everything_is_absent() {
+    let world = World::new();
+    (3..6).for_each(|number| world.seal(1, number));
+    let mut wal_get = world.wal_get();
+    wal_get.plan_end = Some(Lsn(4 * MIB + 8));
+    assert!(get_by(&wal_get, &name(1, 4).to_string()).await.unwrap().is_some());
+    assert_eq!(get_by(&wal_get, &name(1, 5).to_string()).await, Ok(None));
 }
 
 #[tokio::test(start_paused = true)]

@@ -177,6 +177,7 @@ impl Builder {
         let mut server = self.make();
         server.launch()?;
         server.wait_for_status(&["ready"], RECOVERY_DEADLINE)?;
+        server.wait_recovered()?;
         Ok(server)
     }
 
@@ -377,7 +378,8 @@ impl Server {
         Ok(())
     }
 
-    /// The last line of postmaster.pid is the state it has reached: starting, standby, ready, stopping.
+    /// The last line of postmaster.pid is the state it has reached: starting, ready (for connections, a hot standby
+    /// too), standby (a warm one, which takes none), stopping.
     fn status(&self) -> Option<String> {
         let pid = self.postmaster.as_ref()?.0.id().to_string();
         let text = fs::read_to_string(self.data_dir().join("postmaster.pid")).ok()?;
@@ -406,6 +408,18 @@ impl Server {
                 outcome => return outcome,
             }
         }
+    }
+
+    /// A hot standby is "ready" too, so the state in postmaster.pid does not tell the end of a recovery.
+    fn wait_recovered(&mut self) -> Result<(), String> {
+        process::eventually(RECOVERY_DEADLINE, "its recovery ends", || {
+            if self.has_stopped() {
+                return Some(Err(self.log()));
+            }
+            // An error is a server about to end, which the next look sees.
+            let answer = self.try_sql("select pg_is_in_recovery()").ok()?;
+            (answer == [["f"]]).then_some(Ok(()))
+        })
     }
 
     /// Whether its process has ended (or was never started).
@@ -499,7 +513,7 @@ impl Server {
     /// Ends a standby's recovery and waits until it takes writes, on a new timeline.
     pub fn promote(&mut self) {
         self.sql("select pg_promote(true, 60)");
-        self.wait_for_status(&["ready"], START_DEADLINE).unwrap_or_else(|log| panic!("it ended instead:\n{log}"));
+        self.wait_recovered().unwrap_or_else(|log| panic!("it ended instead:\n{log}"));
     }
 
     // --- Talking to it ---

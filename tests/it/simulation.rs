@@ -1,0 +1,552 @@
+//! Owns: the agent's core (receiver, archiver, progress, resume) under a seeded model server and model store on
+//! virtual time, with faults; the oracle that looks at what came of it.
+//!
+//! One seed, one history: `SEAWALL_SEED=1234 cargo test --test it simulation` replays it, with its log.
+//! More seeds: `SEAWALL_SEEDS=100000 cargo test --release --test it simulation`.
+//!
+//! After every crash and at the end: what was acknowledged is durable, contiguous and proven; the archive's bytes
+//! are the server's; nothing was overwritten.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use seawall::agent::cluster::{ClusterAgent, State, Status};
+use seawall::agent::world::{ClusterOptions, LoginSource, World};
+use seawall::archiver::Workers;
+use seawall::catalog::store::{self, Archive};
+use seawall::error::{Disposition, Failure};
+use seawall::postgres::{Purpose, TargetSessionAttrs};
+use seawall::receiver::Clock;
+use seawall::replication::{Address, Login, SessionKind, SlotName, SslMode};
+use seawall::repository::layout::{SegmentName, TailName, WalObject};
+use seawall::testkit::store::{Event, FaultyStore};
+use seawall::testkit::wal_writer::WalWriter;
+use seawall::testkit::walsender::ModelServer;
+use seawall::wal::{Lsn, SegmentSize, SystemId, TimelineId};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+const MIB: u64 = 1 << 20;
+const CLUSTER: &str = "main";
+const SLOT: &str = "seawall";
+
+#[test]
+fn seeds() {
+    if let Ok(seed) = std::env::var("SEAWALL_SEED") {
+        let _ = tracing_subscriber::fmt().with_env_filter("seawall=debug").with_test_writer().try_init();
+        simulate(seed.parse().expect("SEAWALL_SEED is a number"));
+        return;
+    }
+    let count: u64 = std::env::var("SEAWALL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1000);
+    let next = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|_| {
+                let next = next.clone();
+                scope.spawn(move || {
+                    let mut total = Tally::default();
+                    loop {
+                        let seed = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        if seed >= count {
+                            return total;
+                        }
+                        match std::panic::catch_unwind(|| simulate(seed)) {
+                            Ok(tally) => total.add(&tally),
+                            Err(panic) => {
+                                eprintln!("replay with: SEAWALL_SEED={seed} cargo test --test it simulation");
+                                std::panic::resume_unwind(panic);
+                            }
+                        }
+                    }
+                })
+            })
+            .collect();
+        let mut total = Tally::default();
+        for worker in workers {
+            match worker.join() {
+                Ok(tally) => total.add(&tally),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        println!("{count} seeds: {total:?}");
+        // A simulation in which nothing happens proves nothing.
+        assert!(total.crashes > count / 2 && total.promotions > count / 10 && total.segments > count, "{total:?}");
+    });
+}
+
+/// What happened, over all seeds.
+#[derive(Clone, Debug, Default)]
+struct Tally {
+    crashes: u64,
+    promotions: u64,
+    lost_tails: u64,
+    cuts: u64,
+    outages: u64,
+    corruptions: u64,
+    segments: u64,
+    tails: u64,
+    gaps: u64,
+    bytes: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: &Tally) {
+        self.crashes += other.crashes;
+        self.promotions += other.promotions;
+        self.lost_tails += other.lost_tails;
+        self.cuts += other.cuts;
+        self.outages += other.outages;
+        self.corruptions += other.corruptions;
+        self.segments += other.segments;
+        self.tails += other.tails;
+        self.gaps += other.gaps;
+        self.bytes += other.bytes;
+    }
+}
+
+fn simulate(seed: u64) -> Tally {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .expect("a runtime needs nothing of the machine");
+    runtime.block_on(async { Simulation::new(seed).run().await })
+}
+
+#[derive(Debug)]
+struct ModelLogins;
+
+impl LoginSource for ModelLogins {
+    fn logins(&self, purpose: Purpose) -> Result<Vec<Login>, Failure> {
+        let kind = match purpose {
+            Purpose::Physical => SessionKind::Physical,
+            Purpose::Sql => SessionKind::Sql { database: "postgres".into() },
+        };
+        Ok(vec![Login {
+            address: Address::Tcp { host: "model".into(), ip: None, port: 5432 },
+            ssl_mode: SslMode::Disable,
+            user: "seawall".into(),
+            password: None,
+            kind,
+            application_name: "seawall".into(),
+            options: String::new(),
+            connect_timeout: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(30),
+            keepalive: None,
+            tcp_user_timeout: None,
+        }])
+    }
+
+    fn wanted(&self) -> TargetSessionAttrs {
+        TargetSessionAttrs::Any
+    }
+}
+
+struct Simulation {
+    rng: fastrand::Rng,
+    size: SegmentSize,
+    server: ModelServer,
+    writers: BTreeMap<TimelineId, WalWriter>,
+    current: TimelineId,
+    xid: u32,
+    store: FaultyStore,
+    options: ClusterOptions,
+    agent: Option<Agent>,
+    started: Instant,
+    /// The archive may lack what lies below this: WAL was removed under a lost slot.
+    tally: Tally,
+}
+
+struct Agent {
+    task: JoinHandle<Result<(), Failure>>,
+    stop: CancellationToken,
+    status: watch::Receiver<Status>,
+}
+
+impl Simulation {
+    fn new(seed: u64) -> Simulation {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let size = SegmentSize::new(MIB << rng.u32(0..2)).expect("a power of two");
+        let system_id = SystemId(7_000_000_000_000_000_000 + seed);
+        let start = Lsn(size.bytes() * rng.u64(1..5000));
+        let major = rng.u32(15..=18);
+        let server = ModelServer::new(system_id, size, start);
+        let sizes = (0..8).map(|_| [1, 7, 24, 8192, 131_072][rng.usize(0..5)].max(rng.usize(1..4000))).collect();
+        server.with(|state| {
+            state.server_version = format!("{major}.1");
+            state.message_sizes = sizes;
+            state.wal_sender_timeout = Some(Duration::from_secs(rng.u64(2..60)));
+        });
+        let mut writer = WalWriter::new(major, system_id, size, TimelineId(1), start);
+        writer.noop(120);
+        let options = ClusterOptions {
+            name: CLUSTER.into(),
+            slot: SlotName::new(SLOT).expect("a valid name"),
+            tail_interval: Duration::from_millis(rng.u64(100..6000)),
+            shutdown_grace: Duration::from_secs(10),
+            memory_bytes: rng.u64(1..8) * MIB / 4,
+            host: None,
+        };
+        let mut simulation = Simulation {
+            store: FaultyStore::new(rng.u64(..)),
+            rng,
+            size,
+            server,
+            writers: BTreeMap::from([(TimelineId(1), writer)]),
+            current: TimelineId(1),
+            xid: 100,
+            options,
+            agent: None,
+            started: Instant::now(),
+            tally: Tally::default(),
+        };
+        simulation.publish();
+        simulation
+    }
+
+    async fn run(mut self) -> Tally {
+        self.start_agent();
+        for _ in 0..self.rng.u32(8..30) {
+            self.step().await;
+            self.check_acknowledged().await;
+        }
+        self.heal_and_settle().await;
+        self.check_archive().await;
+        self.check_journal();
+        self.stop_agent().await;
+        self.check_idle().await;
+        self.tally
+    }
+
+    async fn step(&mut self) {
+        match self.rng.u32(0..20) {
+            0..=8 => self.write(),
+            9 => self.writer().switch(),
+            10 => {
+                self.tally.cuts += 1;
+                let after = self.rng.u64(0..600_000);
+                self.server.with(|state| state.faults.cut_after = Some(after));
+            }
+            11 => self.store.set_faults(seawall::testkit::store::Faults::some()),
+            12 => self.store.set_faults(seawall::testkit::store::Faults::none()),
+            13 => {
+                self.tally.outages += 1;
+                self.store.set_outage(true);
+            }
+            14 => self.store.set_outage(false),
+            15 | 16 => self.crash().await,
+            17 => self.promote().await,
+            18 => {
+                let flush = self.writers[&self.current].flush_lsn();
+                let at = Lsn(flush.0 - self.rng.u64(1..400).min(flush.0 - 1));
+                self.tally.corruptions += 1;
+                self.server.with(|state| state.faults.corrupt.insert(at));
+                self.sleep(3000).await;
+                self.server.with(|state| state.faults.corrupt.clear());
+            }
+            _ => {
+                let refusal = ["57P03", "53300", "28P01"][self.rng.usize(0..3)].to_string();
+                self.server.with(|state| state.faults.refuse = Some(refusal));
+                self.sleep(4000).await;
+                self.server.with(|state| state.faults.refuse = None);
+            }
+        }
+        self.publish();
+        self.sleep(8000).await;
+    }
+
+    async fn sleep(&mut self, up_to_ms: u64) {
+        let ms = self.rng.u64(0..up_to_ms);
+        tokio::time::sleep(Duration::from_millis(ms)).await;
+    }
+
+    fn writer(&mut self) -> &mut WalWriter {
+        self.writers.get_mut(&self.current).expect("the current timeline has a writer")
+    }
+
+    /// Now, in the simulation's own time.
+    fn now(&self) -> Timestamp {
+        Timestamp::from_second(1_767_225_600).expect("in range") + self.started.elapsed()
+    }
+
+    fn write(&mut self) {
+        let now = self.now();
+        for _ in 0..self.rng.u32(1..60) {
+            self.xid += 1;
+            let (xid, kind) = (self.xid, self.rng.u32(0..100));
+            let length = match kind {
+                0 => self.rng.usize(0..3_000_000),
+                1..=10 => self.rng.usize(0..60_000),
+                _ => self.rng.usize(0..300),
+            };
+            let payload: Vec<u8> = (0..length).map(|i| (i as u32 ^ xid) as u8).collect();
+            let writer = self.writer();
+            match kind {
+                11..=40 => writer.commit(xid, now),
+                41 => writer.restore_point("point", now),
+                _ => writer.insert(xid, &payload),
+            };
+        }
+    }
+
+    /// What the writer wrote is flushed on the server. Sometimes only a part of it is, up to the end of a record.
+    fn publish(&mut self) {
+        let writer = &self.writers[&self.current];
+        let flush = self.server.with(|state| state.flush_lsn());
+        let bytes = writer.bytes(flush..writer.flush_lsn()).to_vec();
+        self.server.with(|state| state.append(&bytes));
+    }
+
+    fn start_agent(&mut self) {
+        let started = self.started;
+        let clock = Clock(Arc::new(move || {
+            Timestamp::from_second(1_767_225_600).expect("in range") + started.elapsed()
+        }));
+        let world = World {
+            dialer: Arc::new(self.server.dialer()),
+            logins: Arc::new(ModelLogins),
+            backend: Arc::new(self.store.clone()),
+            clock,
+            random: Arc::new(Mutex::new(self.rng.fork())),
+            workers: Workers::inline(),
+        };
+        let stop = CancellationToken::new();
+        let (agent, status) = ClusterAgent::new(world, self.options.clone(), stop.clone());
+        self.agent = Some(Agent { task: tokio::spawn(agent.run()), stop, status });
+    }
+
+    /// The process dies here, wherever it is; another starts, with nothing but the repository and the slot.
+    async fn crash(&mut self) {
+        self.tally.crashes += 1;
+        if let Some(agent) = self.agent.take() {
+            agent.task.abort();
+            let _ = agent.task.await;
+        }
+        self.check_acknowledged().await;
+        self.sleep(3000).await;
+        self.start_agent();
+    }
+
+    async fn stop_agent(&mut self) {
+        let Some(agent) = self.agent.take() else { return };
+        agent.stop.cancel();
+        let ended = tokio::time::timeout(Duration::from_secs(120), agent.task).await;
+        ended.expect("the agent stops within its grace").expect("no panic").expect("a healthy agent ends well");
+    }
+
+    /// A failover. Either everything was received by the promoted server, or the end of the WAL was not.
+    async fn promote(&mut self) {
+        self.publish();
+        self.tally.promotions += 1;
+        let old = &self.writers[&self.current];
+        let ends = old.record_ends();
+        let begin = old.start();
+        let loses = self.rng.bool();
+        let recent: Vec<Lsn> = ends.iter().copied().filter(|end| *end > begin).rev().take(40).collect();
+        let at = match recent.as_slice() {
+            [] => return,
+            [last, ..] if !loses => *last,
+            several => several[self.rng.usize(0..several.len())],
+        };
+        if at < old.flush_lsn() {
+            self.tally.lost_tails += 1;
+        }
+        let next = TimelineId(self.current.0 + self.rng.u32(1..3));
+        let mut child = old.fork(at, next);
+        child.end_of_recovery(self.now());
+        let same_server = at == old.flush_lsn() && self.rng.bool();
+        self.server.with(|state| {
+            state.promote(next, at);
+            if !same_server {
+                // Another machine: its slots are its own.
+                state.slots.clear();
+                state.faults.cut_after = Some(0);
+            }
+        });
+        self.writers.insert(next, child);
+        self.current = next;
+        self.publish();
+    }
+
+    /// What the server was told is durable is durable, on the timeline it was told for.
+    async fn check_acknowledged(&self) {
+        let slot = self.server.with(|state| state.slots.get(SLOT).and_then(|slot| slot.restart_lsn));
+        let (Some(restart), Some(archive)) = (slot, self.archive().await) else { return };
+        let acknowledged = self.server.with(|state| {
+            state.statuses.iter().map(|status| status.status.flush).max().unwrap_or_default()
+        });
+        let restart = restart.min(acknowledged);
+        let history = self.writers[&self.current].history();
+        // The path to the current timeline, byte by byte from the archive's start to the slot.
+        let mut reached = archive.start;
+        while reached < restart {
+            let timeline = history
+                .ancestors()
+                .iter()
+                .find(|entry| reached < entry.end)
+                .map_or(self.current, |entry| entry.timeline);
+            let end = history.end_of(timeline).unwrap_or(Lsn::MAX);
+            let held = archive.held.get(&timeline).map_or(reached, |held| held.end_from(reached));
+            // A tail of the child may repeat the parent's bytes; either holds them.
+            let held = archive
+                .held
+                .iter()
+                .filter(|(other, _)| history.contains(**other) && **other > timeline)
+                .map(|(_, child)| child.end_from(reached))
+                .fold(held, Lsn::max);
+            assert!(held > reached, "acknowledged up to {restart}, but the archive ends at {reached} on timeline {timeline}");
+            reached = held.min(end.max(held));
+        }
+    }
+
+    async fn archive(&self) -> Option<ModelArchive> {
+        let memory = self.store.memory().clone();
+        let lineages = store::lineages(&memory, CLUSTER).await.ok()?;
+        let (lineage, file) = lineages.last()?;
+        let archive = Archive::new(Arc::new(memory.clone()), lineage.clone());
+        let mut held: BTreeMap<TimelineId, Held> = BTreeMap::new();
+        let catalog = archive.load_catalog().await.expect("the catalog is readable at every moment");
+        for &timeline in catalog.timelines.keys() {
+            let pieces = catalog.pieces(timeline).into_iter().map(|piece| (piece.from, piece.to)).collect();
+            held.insert(timeline, Held(pieces));
+        }
+        Some(ModelArchive { start: file.start_lsn?, held })
+    }
+
+    /// All faults end; then everything becomes durable and acknowledged.
+    async fn heal_and_settle(&mut self) {
+        self.store.set_faults(seawall::testkit::store::Faults::none());
+        self.store.set_outage(false);
+        self.server.with(|state| {
+            state.faults = Default::default();
+        });
+        if self.agent.as_ref().is_none_or(|agent| agent.task.is_finished()) {
+            if let Some(agent) = self.agent.take() {
+                let failure = agent.task.await.expect("no panic").expect_err("only a failure ends an agent");
+                panic!("the agent gave up: {failure} ({:?})", failure.hint);
+            }
+            self.start_agent();
+        }
+        // Something to acknowledge, so that an agent that resumed at a segment's start can link up.
+        let now = self.now();
+        self.xid += 1;
+        let xid = self.xid;
+        self.writer().commit(xid, now);
+        self.publish();
+        let flush = self.writers[&self.current].flush_lsn();
+        for _ in 0..600 {
+            let restart = self.server.with(|state| state.slots.get(SLOT).and_then(|slot| slot.restart_lsn));
+            if restart == Some(flush) {
+                return;
+            }
+            let agent = self.agent.as_ref().expect("started above");
+            if agent.task.is_finished() {
+                let failure = agent.status.borrow().failure.clone();
+                panic!("the agent gave up: {failure:?}");
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        let status = self.agent.as_ref().expect("started above").status.borrow().clone();
+        panic!("{flush} was not acknowledged ten minutes after all faults ended: {status:?}");
+    }
+
+    /// Every object decodes to the server's bytes, and the current timeline is archived without a hole.
+    async fn check_archive(&mut self) {
+        let objects = self.store.memory().objects();
+        for (key, body) in &objects {
+            let path: Vec<&str> = key.as_str().split('/').collect();
+            let [_, _, "wal", rest @ ..] = path.as_slice() else { continue };
+            match rest {
+                [_, name] => match WalObject::parse(name) {
+                    Some(WalObject::Segment(segment)) => {
+                        self.tally.segments += 1;
+                        let start = self.size.start_of(segment.number(self.size).expect("a name of this size"));
+                        self.compare(segment, start, body);
+                    }
+                    Some(WalObject::Index(_)) => {}
+                    other => panic!("an unexpected object: {key} ({other:?})"),
+                },
+                [_, directory, name] => {
+                    let segment: SegmentName = directory.strip_suffix(".tail").unwrap().parse().unwrap();
+                    let tail = TailName::parse(name).expect("only tails lie in a tail directory");
+                    self.tally.tails += 1;
+                    self.compare(segment, tail.from, body);
+                }
+                _ => {}
+            }
+        }
+        let archive = self.archive().await.expect("there is an archive");
+        let flush = self.writers[&self.current].flush_lsn();
+        let held = &archive.held[&self.current];
+        let begin = self.writers[&self.current].start().max(archive.start);
+        assert_eq!(held.end_from(begin), flush, "the current timeline is archived up to its end");
+    }
+
+    fn compare(&mut self, segment: SegmentName, start: Lsn, body: &Bytes) {
+        let raw = zstd::stream::decode_all(&body[..]).expect("every object decodes");
+        let end = start + raw.len() as u64;
+        let writer = &self.writers[&segment.timeline];
+        assert!(end <= writer.flush_lsn(), "{segment}: the archive holds {end}, the server never wrote it");
+        assert!(raw == writer.bytes(start..end), "{segment}: other bytes than the server's from {start} to {end}");
+        self.tally.bytes += raw.len() as u64;
+    }
+
+    /// No name ever had two contents.
+    fn check_journal(&self) {
+        let mut stored: BTreeMap<String, Bytes> = BTreeMap::new();
+        for event in self.store.journal() {
+            match event {
+                Event::Stored { key, body } => {
+                    let before = stored.insert(key.to_string(), body.clone());
+                    assert!(before.is_none_or(|before| before == body), "{key} was stored twice, differently");
+                }
+                Event::Deleted { key, .. } => {
+                    let harmless = key.as_str().contains(".tail/") || key.as_str().ends_with(".index.json");
+                    assert!(harmless, "{key} was deleted");
+                }
+                Event::Refused { .. } => {}
+            }
+        }
+    }
+
+    /// A stopped agent leaves a slot that is where the archive is; a server that writes nothing costs no writes.
+    async fn check_idle(&mut self) {
+        self.start_agent();
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let before = self.store.calls().writes();
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(self.store.calls().writes(), before, "an idle server costs no writes");
+        let agent = self.agent.as_ref().expect("just started");
+        let status = agent.status.borrow().clone();
+        assert_eq!(status.state, State::Streaming, "{:?}", status.failure);
+        assert!(status.failure.is_none_or(|failure| failure.disposition != Disposition::Stop));
+        self.stop_agent().await;
+    }
+}
+
+/// What the archive holds, as its catalog tells.
+struct ModelArchive {
+    start: Lsn,
+    held: BTreeMap<TimelineId, Held>,
+}
+
+struct Held(Vec<(Lsn, Lsn)>);
+
+impl Held {
+    /// The end of the contiguous bytes that hold `from`, or `from` itself.
+    fn end_from(&self, from: Lsn) -> Lsn {
+        let mut end = from;
+        for &(begin, to) in &self.0 {
+            if begin <= end && to > end {
+                end = to;
+            }
+        }
+        end
+    }
+}
