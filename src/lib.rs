@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod archiver;
 pub mod catalog;
+pub mod cli;
 pub mod codec;
 pub mod config;
 pub mod continuity;
@@ -13,5 +14,6 @@ pub mod replication;
 pub mod repository;
 pub mod restore;
 pub mod secret;
+pub mod telemetry;
 pub mod testkit;
 pub mod wal;

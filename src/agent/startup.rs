@@ -99,7 +99,17 @@ pub async fn open_lineage(
     slot: SlotPresence,
 ) -> Result<(Archive, LineageFile), Failure> {
     let backend = world.backend.as_ref();
-    let repository = store::read_repository(backend).await?;
+    let repository = match store::read_repository(backend).await {
+        Err(CatalogError::Store(error)) if error.is(StoreErrorKind::RootMissing) => {
+            // Created only where an archive may begin: otherwise the volume is not mounted, and may yet be.
+            if refuse_unexpected_emptiness(world, options, server, slot).is_err() {
+                return Err(error.into());
+            }
+            backend.create_missing_root().await?;
+            None
+        }
+        read => read?,
+    };
     let lineages = match &repository {
         Some(_) => store::lineages(backend, &options.name).await?,
         None => Vec::new(),

@@ -67,6 +67,13 @@ impl Tree {
         self.0.entry(group).or_default().entry(name.to_string()).or_default()
     }
 
+    /// A cluster that only `--cluster` names.
+    pub fn declare_flagged(&mut self, name: &str) -> Result<(), ConfigError> {
+        check_name(Group::Clusters, name, &Source::Flag("--cluster"))?;
+        self.declare(Group::Clusters, name);
+        Ok(())
+    }
+
     /// The lowest layer: a TOML document.
     pub fn add_file(&mut self, text: &str, path: &Path) -> Result<(), ConfigError> {
         let file = File { text, path };

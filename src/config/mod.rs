@@ -118,26 +118,75 @@ pub enum Location {
     Local(PathBuf),
 }
 
+/// Where one cluster's archive is: all that is needed to read it, without its server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArchiveConfig {
+    pub cluster: String,
+    pub repository: RepositoryConfig,
+}
+
+impl ArchiveConfig {
+    /// The archive of the cluster called `name`, or the only one.
+    pub fn choose<'a>(archives: &'a [ArchiveConfig], name: Option<&str>) -> Result<&'a ArchiveConfig, ConfigError> {
+        choose(archives, name, |archive| &archive.cluster)
+    }
+}
+
+/// What is called `name`, or the only one.
+fn choose<'a, T>(all: &'a [T], name: Option<&str>, name_of: impl Fn(&T) -> &String) -> Result<&'a T, ConfigError> {
+    let known = || all.iter().map(|one| name_of(one).clone()).collect();
+    match (name, all) {
+        (None, [only]) => Ok(only),
+        (None, _) => Err(ConfigError::SeveralClusters { known: known() }),
+        (Some(name), all) => all
+            .iter()
+            .find(|one| name_of(one) == name)
+            .ok_or_else(|| ConfigError::UnknownCluster { name: name.to_string(), known: known() }),
+    }
+}
+
+/// All layers, and the file among them.
+type Layers = (Tree, Option<(PathBuf, FileContent)>);
+
 impl Config {
     /// Finds, reads and checks the configuration.
     pub fn load(sources: Sources<'_>) -> Result<Loaded, ConfigError> {
-        let mut tree = Tree::default();
         let mut warnings = Vec::new();
+        let (tree, file) = Config::layers(sources, false)?;
+        let config = Config::from_tree(&tree, sources.environment)?;
+        if let Some((path, content)) = &file {
+            warn_of_readable_password(&tree, &config, path, content, &mut warnings);
+        }
+        Ok(Loaded { config, path: file.map(|(path, _)| path), warnings })
+    }
+
+    /// Where every cluster's archive is, for a `restore_command` on any host: nothing about servers is looked at, and
+    /// without a file `--cluster` names the cluster in the repository.
+    pub fn load_archives(sources: Sources<'_>) -> Result<Vec<ArchiveConfig>, ConfigError> {
+        let (tree, _) = Config::layers(sources, true)?;
+        let archive = |(name, table): (&String, &Table)| {
+            let section = Section { group: Group::Clusters, name, table };
+            Ok(ArchiveConfig { cluster: name.clone(), repository: cluster_repository(&section, &tree)? })
+        };
+        tree.tables(Group::Clusters).map(archive).collect()
+    }
+
+    fn layers(sources: Sources<'_>, any_cluster: bool) -> Result<Layers, ConfigError> {
+        let mut tree = Tree::default();
         let file = find_file(sources)?;
         if let Some((path, content)) = &file {
             let text = content.text().map_err(|_| read_error(path, "not UTF-8".to_string(), false))?;
             tree.add_file(text, path)?;
         }
         tree.add_variables(sources.environment)?;
+        if let (true, None, Some(name)) = (any_cluster, &file, &sources.flags.cluster) {
+            tree.declare_flagged(name)?;
+        }
         add_flags(&mut tree, sources.flags, file.is_some())?;
         if tree.tables(Group::Clusters).next().is_none() {
             return Err(nothing_configured(file.map(|(path, _)| path)));
         }
-        let config = Config::from_tree(&tree, sources.environment)?;
-        if let Some((path, content)) = &file {
-            warn_of_readable_password(&tree, &config, path, content, &mut warnings);
-        }
-        Ok(Loaded { config, path: file.map(|(path, _)| path), warnings })
+        Ok((tree, file))
     }
 
     fn from_tree(tree: &Tree, environment: &dyn Environment) -> Result<Config, ConfigError> {
@@ -151,15 +200,7 @@ impl Config {
 
     /// The cluster called `name`, or the only one.
     pub fn cluster(&self, name: Option<&str>) -> Result<&ClusterConfig, ConfigError> {
-        let known = || self.clusters.iter().map(|cluster| cluster.name.clone()).collect();
-        match (name, &self.clusters[..]) {
-            (None, [only]) => Ok(only),
-            (None, _) => Err(ConfigError::SeveralClusters { known: known() }),
-            (Some(name), clusters) => clusters
-                .iter()
-                .find(|cluster| cluster.name == name)
-                .ok_or_else(|| ConfigError::UnknownCluster { name: name.to_string(), known: known() }),
-        }
+        choose(&self.clusters, name, |cluster| &cluster.name)
     }
 
     /// A configuration file that says the same, for `seawall init` to print. A password is not repeated.

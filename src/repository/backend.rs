@@ -79,6 +79,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Names directly below `directory` (`None`: the root), sorted; an absent directory is empty.
     async fn list(&self, directory: Option<&Key>) -> Result<Vec<Entry>, StoreError>;
 
+    /// Creates the place itself, where that is a directory and its parent is there; one that exists is kept.
+    /// Only for a repository that begins: a missing root is an unmounted volume far more often.
+    async fn create_missing_root(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// Removes an object; one that is not there is success.
     async fn delete(&self, key: &Key) -> Result<(), StoreError>;
 }

@@ -131,6 +131,19 @@ impl Backend for LocalBackend {
         format!("file://{}", self.shared.root.display())
     }
 
+    async fn create_missing_root(&self) -> Result<(), StoreError> {
+        let parent = self.shared.root.parent().unwrap_or(Path::new("/")).to_path_buf();
+        let operation = Operation { verb: "create", location: self.describe(), bytes: 0 };
+        self.run(operation, move |_| match parent.is_dir() {
+            true => Ok(()),
+            false => {
+                Err(Failed::new(StoreErrorKind::RootMissing, format!("there is no directory {}", parent.display())))
+            }
+        })
+        .await?;
+        self.create_root().await
+    }
+
     async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
         let operation = self.operation("store", key, body.iter().map(|part| part.len() as u64).sum());
         let (key, body) = (key.clone(), body.to_vec());

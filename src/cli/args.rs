@@ -1,0 +1,206 @@
+//! Owns: what can be typed, and its help.
+//! Does not own: what it means (the verbs).
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{Flags, parse_duration};
+use crate::telemetry::{LogFormat, Verbosity};
+use crate::wal::{Lsn, TimelineId};
+
+const AFTER_HELP: &str = "\
+Without --config the configuration is SEAWALL_CONFIG, seawall.toml, or /etc/seawall/seawall.toml, whichever comes first;
+without any file, --postgres, --repository and --slot describe one cluster called main.
+
+Exit codes: 0 success, 1 a finding (gap, fault, not protected), 64 usage, 65 conflicting or bad data, 69 server or
+store unavailable, 70 a bug, 75 try again, 77 permission, 78 configuration. wal-get: 0 delivered, 1 not in the archive
+(proven), 255 every error.";
+
+/// Archives PostgreSQL's WAL as it is written, and proves every record before it acknowledges it.
+#[derive(Debug, Parser)]
+#[command(name = "seawall", version, after_help = AFTER_HELP, max_term_width = 120, disable_help_subcommand = false)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "Everywhere")]
+pub struct Global {
+    /// The configuration file
+    #[arg(long, value_name = "FILE", global = true)]
+    pub config: Option<PathBuf>,
+    /// The cluster; may be left out where there is one
+    #[arg(long, value_name = "NAME", global = true)]
+    pub cluster: Option<String>,
+    /// The server: a libpq connection string or URI
+    #[arg(long, value_name = "CONNINFO", global = true)]
+    pub postgres: Option<String>,
+    /// The repository: file:///absolute/path
+    #[arg(long, value_name = "URL", global = true)]
+    pub repository: Option<String>,
+    /// The replication slot
+    #[arg(long, value_name = "NAME", global = true)]
+    pub slot: Option<String>,
+    /// Answer in JSON, errors too
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// How log lines look
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t, global = true)]
+    pub log_format: LogFormatArg,
+    /// Say more (twice: everything)
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// Say less
+    #[arg(short, long, action = ArgAction::Count, global = true)]
+    pub quiet: u8,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum LogFormatArg {
+    #[default]
+    Text,
+    Json,
+}
+
+impl From<LogFormatArg> for LogFormat {
+    fn from(format: LogFormatArg) -> LogFormat {
+        match format {
+            LogFormatArg::Text => LogFormat::Text,
+            LogFormatArg::Json => LogFormat::Json,
+        }
+    }
+}
+
+impl Global {
+    pub fn flags(&self) -> Flags {
+        Flags {
+            cluster: self.cluster.clone(),
+            postgres: self.postgres.clone(),
+            repository_url: self.repository.clone(),
+            slot: self.slot.clone(),
+        }
+    }
+
+    pub fn verbosity(&self, base: Verbosity) -> Verbosity {
+        base.louder(i32::from(self.verbose) - i32::from(self.quiet))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The agent: stream and archive every configured cluster (or --cluster) until SIGTERM or SIGINT
+    Run(RunArgs),
+    /// Print the SQL, pg_hba.conf lines, settings and configuration to use; create the archive with --apply
+    Init(InitArgs),
+    /// Examine configuration, server, role, slot and repository; every finding with its cure
+    Check(CheckArgs),
+    /// Per cluster one line that is true: state, loss if the server burned now, slot, gaps
+    Status(StatusArgs),
+    /// Every hole in the archive; exit code 1 when one is open
+    Gaps(GapsArgs),
+    /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
+    WalGet(WalGetArgs),
+}
+
+impl Command {
+    /// The agent tells what it does; the others speak when something is wrong.
+    pub fn base_verbosity(&self) -> Verbosity {
+        match self {
+            Command::Run(_) => Verbosity::Info,
+            _ => Verbosity::Warn,
+        }
+    }
+}
+
+/// Streams until told to stop. SIGTERM or SIGINT: receive no more, make durable what was received, tell the server,
+/// end. A second signal ends at once (exit code 143 or 130); nothing acknowledged is lost by that either.
+#[derive(Args, Debug)]
+pub struct RunArgs {
+    /// End with 0 as soon as everything up to this LSN is durable (for scripts and benchmarks)
+    #[arg(long, value_name = "LSN")]
+    pub until: Option<Lsn>,
+}
+
+/// Without options only prints; nothing is connected to or changed.
+#[derive(Args, Debug)]
+pub struct InitArgs {
+    /// Connect, and create what is missing: repository, lineage, slot. Safe to repeat
+    #[arg(long)]
+    pub apply: bool,
+    /// Adopt an existing slot or a promoted server: the archive starts where the slot holds WAL from
+    #[arg(long, conflicts_with = "new_lineage")]
+    pub create: bool,
+    /// Archive this server apart from what the repository holds, in a new lineage
+    #[arg(long)]
+    pub new_lineage: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct CheckArgs {}
+
+#[derive(Args, Debug)]
+pub struct StatusArgs {}
+
+#[derive(Args, Debug)]
+pub struct GapsArgs {
+    /// Also write the answer as a page
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+}
+
+/// Exit codes: 0 delivered; 1 not in the archive, as the store has shown; 255 every error, so that PostgreSQL stops
+/// instead of ending recovery early. Without --lineage: the newest one of the system id in global/pg_control of the
+/// current directory, where PostgreSQL runs its restore_command.
+#[derive(Args, Debug)]
+pub struct WalGetArgs {
+    /// %f: the name PostgreSQL asks for
+    pub name: String,
+    /// %p: where to put it
+    pub dest: PathBuf,
+    /// A directory of the cluster in the repository: <system-id> or <system-id>-<n>
+    #[arg(long, value_name = "NAME")]
+    pub lineage: Option<String>,
+    /// This timeline whole, as pg_rewind needs it; otherwise the path to the newest one
+    #[arg(long, value_name = "N", value_parser = timeline)]
+    pub timeline: Option<TimelineId>,
+    /// How long an unavailable store is asked again
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    pub patience: Duration,
+}
+
+fn timeline(text: &str) -> Result<TimelineId, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a timeline in decimal, 1 or more".to_string()),
+        Ok(number) => Ok(TimelineId(number)),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "expected a duration such as 500ms, 30s or 5min".to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_may_stand_before_and_after_the_verb() {
+        for line in ["seawall --cluster a -v run --until 0/10", "seawall run --until 0/10 --cluster a --verbose"] {
+            let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+            assert_eq!(cli.global.cluster.as_deref(), Some("a"));
+            assert_eq!(cli.global.verbosity(Verbosity::Info), Verbosity::Debug);
+            assert!(matches!(cli.command, Command::Run(RunArgs { until: Some(Lsn(16)) })));
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! The command line: parse, run one verb, print its answer or its error, end with a documented code.
+//!
+//! Owns: the way from arguments to an exit code; panics; the rule that no code of `wal-get` may mislead PostgreSQL.
+//! Does not own: what a verb does (one file each), how answers look (`output.rs`), what can be typed (`args.rs`).
+//!
+//! Data goes to standard output, words to standard error.
+
+mod args;
+mod check;
+mod gaps;
+mod init;
+mod output;
+mod run;
+mod setup;
+mod status;
+mod wal_get;
+
+use std::ffi::OsString;
+use std::process;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+
+use crate::error::{ExitCode, Failure};
+use crate::restore::wal_get::ERROR_EXIT_CODE;
+use crate::telemetry;
+use args::{Cli, Command};
+
+/// The word that puts a command line under the contract of `restore_command`, wherever it stands.
+const WAL_GET: &str = "wal-get";
+
+/// What a verb came to, when it did not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Fine,
+    /// Gaps, faults, something not protected; for `wal-get`: proven absent.
+    Finding,
+}
+
+/// Runs the command line and says what the process ends with.
+pub fn main(arguments: Vec<OsString>) -> process::ExitCode {
+    let is_restore_command = arguments.iter().any(|argument| argument == WAL_GET);
+    end_on_panic(if is_restore_command { ERROR_EXIT_CODE } else { ExitCode::Internal as u8 });
+    let (code, answers_wal_get) = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => (run(&cli), matches!(cli.command, Command::WalGet(_))),
+        Err(error) => (explain_usage(&error, &arguments), false),
+    };
+    process::ExitCode::from(if is_restore_command { harmless(code, answers_wal_get, arguments.len()) } else { code })
+}
+
+/// PostgreSQL takes 1 to 125 for "end of WAL" and promotes: only a proven absence may be 1. Neither may 0 be
+/// anything but a delivered file: the help counts as success only for somebody who asked for nothing else.
+fn harmless(code: u8, answers_wal_get: bool, argument_count: usize) -> u8 {
+    const PROGRAM_VERB_HELP: usize = 3;
+    match code {
+        0 if answers_wal_get || argument_count <= PROGRAM_VERB_HELP => 0,
+        1 if answers_wal_get => 1,
+        _ => ERROR_EXIT_CODE,
+    }
+}
+
+/// Release builds abort on a panic, debug builds would go on without the task: both end here, with one code.
+fn end_on_panic(code: u8) {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        eprintln!("hint: this is a bug in seawall {}; please report it", env!("CARGO_PKG_VERSION"));
+        process::exit(i32::from(code));
+    }));
+}
+
+fn run(cli: &Cli) -> u8 {
+    let global = &cli.global;
+    telemetry::set_up(global.log_format.into(), global.verbosity(cli.command.base_verbosity()));
+    let ended = match &cli.command {
+        Command::Run(args) => run::run(global, args),
+        Command::Init(args) => init::run(global, args),
+        Command::Check(args) => check::run(global, args),
+        Command::Status(args) => status::run(global, args),
+        Command::Gaps(args) => gaps::run(global, args),
+        Command::WalGet(args) => wal_get::run(global, args),
+    };
+    match ended {
+        Ok(Verdict::Fine) => ExitCode::Success as u8,
+        Ok(Verdict::Finding) => ExitCode::Finding as u8,
+        Err(failure) => {
+            // `wal-get` has its own code for every error, and says that one.
+            let code = match cli.command {
+                Command::WalGet(_) => ERROR_EXIT_CODE,
+                _ => failure.exit_code as u8,
+            };
+            output::failure(&failure, code, global.json);
+            code
+        }
+    }
+}
+
+/// Prints what clap has to say: the help somebody asked for, or what is wrong with the arguments.
+fn explain_usage(error: &clap::Error, arguments: &[OsString]) -> u8 {
+    if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+        output::text(&error.render().to_string());
+        return ExitCode::Success as u8;
+    }
+    let wants_json = arguments.iter().any(|argument| argument == "--json");
+    let code = ExitCode::Usage as u8;
+    if wants_json {
+        let message = error.render().to_string();
+        let first = message.lines().next().unwrap_or("usage").trim_start_matches("error: ").to_string();
+        output::failure_json(&Failure::new(ExitCode::Usage, first).hint("see `seawall --help`"), code);
+    }
+    // Standard error, with colours on a terminal; a closed one is no reason to fail otherwise.
+    let _ = error.print();
+    code
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_code_of_wal_get_is_between_2_and_125() {
+        for code in 0..=255 {
+            for answers in [true, false] {
+                let given = harmless(code, answers, 5);
+                assert!(!(2..=125).contains(&given), "{code} became {given}");
+            }
+            assert_ne!(harmless(code, false, 5), 1, "only wal-get itself proves an absence");
+        }
+        assert_eq!((harmless(0, true, 5), harmless(1, true, 5), harmless(64, true, 5)), (0, 1, 255));
+        assert_eq!((harmless(0, false, 3), harmless(0, false, 5)), (0, 255));
+    }
+}

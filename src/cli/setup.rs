@@ -1,0 +1,161 @@
+//! Owns: from what was typed to what works: configuration, repository, logins, the world of an agent, runtimes.
+//! Does not own: what is done with them (the verbs).
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::num::NonZero;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime;
+
+use super::args::Global;
+use crate::agent::world::{ClusterOptions, LoginSource, World};
+use crate::archiver::Workers;
+use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
+use crate::error::{ExitCode, Failure};
+use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
+use crate::receiver::Clock;
+use crate::replication::{Login, NetDialer, SlotName};
+use crate::repository::LocalBackend;
+
+/// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
+const BLOCKING_THREADS: usize = 40;
+/// A thread that has nothing to do gives its stack and its heap back soon.
+const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// What a stuck store call may delay the end of the process by: everything that counts was waited for before.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_millis(500);
+
+/// The whole configuration; what an operator should know about it is said.
+pub fn load(global: &Global) -> Result<Loaded, Failure> {
+    let flags = global.flags();
+    let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
+    let loaded = Config::load(sources)?;
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    Ok(loaded)
+}
+
+/// The clusters a verb is about: the one that is named, or all.
+pub fn clusters(global: &Global) -> Result<Vec<ClusterConfig>, Failure> {
+    let loaded = load(global)?;
+    match &global.cluster {
+        Some(name) => Ok(vec![loaded.config.cluster(Some(name))?.clone()]),
+        None => Ok(loaded.config.clusters),
+    }
+}
+
+/// The one cluster a verb is about.
+pub fn cluster(global: &Global) -> Result<ClusterConfig, Failure> {
+    let loaded = load(global)?;
+    Ok(loaded.config.cluster(global.cluster.as_deref())?.clone())
+}
+
+/// Where clusters are archived, for verbs that need no server: no connection string is looked at.
+pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
+    let flags = global.flags();
+    let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
+    Ok(Config::load_archives(sources)?)
+}
+
+pub fn backend(repository: &RepositoryConfig) -> LocalBackend {
+    let Location::Local(path) = &repository.location;
+    LocalBackend::open(path.clone())
+}
+
+pub fn slot_name(cluster: &ClusterConfig) -> Result<SlotName, Failure> {
+    SlotName::new(&cluster.slot).map_err(|error| Failure::new(ExitCode::Config, error.to_string()))
+}
+
+/// The real world of one cluster.
+pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
+    World {
+        dialer: Arc::new(NetDialer),
+        logins: Arc::new(ConfiguredLogins::new(cluster.postgres.clone())),
+        backend: Arc::new(backend(&cluster.repository)),
+        clock: Clock::system(),
+        random: Arc::new(Mutex::new(fastrand::Rng::new())),
+        workers,
+    }
+}
+
+pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
+    Ok(ClusterOptions {
+        name: cluster.name.clone(),
+        slot: slot_name(cluster)?,
+        tail_interval: cluster.tail_interval,
+        shutdown_grace: cluster.shutdown_grace,
+        memory_bytes: cluster.memory_bytes,
+        host: host_name(),
+    })
+}
+
+fn host_name() -> Option<String> {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    Some(name).filter(|name| !name.is_empty())
+}
+
+/// Logins from a connection string; passwords are looked up anew each time, warnings said once.
+#[derive(Debug)]
+pub struct ConfiguredLogins {
+    conninfo: Conninfo,
+    said: Mutex<BTreeSet<String>>,
+}
+
+impl ConfiguredLogins {
+    pub fn new(conninfo: Conninfo) -> ConfiguredLogins {
+        ConfiguredLogins { conninfo, said: Mutex::default() }
+    }
+}
+
+impl LoginSource for ConfiguredLogins {
+    fn logins(&self, purpose: Purpose) -> Result<Vec<Login>, Failure> {
+        let found = self.conninfo.logins(purpose, &SystemEnvironment)?;
+        let mut said = self.said.lock().expect("no holder panics");
+        for warning in found.warnings {
+            if said.insert(warning.clone()) {
+                tracing::warn!("{warning}");
+            }
+        }
+        Ok(found.logins)
+    }
+
+    fn wanted(&self) -> TargetSessionAttrs {
+        self.conninfo.target_session_attrs()
+    }
+}
+
+/// Cores to compress on.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+/// Runs a command that asks and answers.
+pub fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    finish(runtime::Builder::new_current_thread(), work)
+}
+
+/// Runs the agent: two threads are enough for the network, the rest is compressing and the store's calls.
+pub fn block_on_threads<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    let mut builder = runtime::Builder::new_multi_thread();
+    builder.worker_threads(cores().min(2));
+    finish(builder, work)
+}
+
+fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Result<T, Failure> {
+    builder.enable_all().max_blocking_threads(BLOCKING_THREADS + cores()).thread_keep_alive(THREAD_KEEP_ALIVE);
+    let runtime = builder.build().map_err(|error| {
+        Failure::new(ExitCode::Unavailable, format!("could not start threads: {error}"))
+            .hint("does a limit on processes or memory apply to this user?")
+    })?;
+    let result = runtime.block_on(work);
+    runtime.shutdown_timeout(SHUTDOWN_PATIENCE);
+    Ok(result)
+}
+
+/// The path this program runs from, for lines other programs shall run it by.
+pub fn own_path() -> PathBuf {
+    std::env::current_exe().unwrap_or_else(|_| PathBuf::from("seawall"))
+}
