@@ -305,9 +305,8 @@ impl Simulation {
 
     fn start_agent(&mut self) {
         let started = self.started;
-        let clock = Clock(Arc::new(move || {
-            Timestamp::from_second(1_767_225_600).expect("in range") + started.elapsed()
-        }));
+        let clock =
+            Clock(Arc::new(move || Timestamp::from_second(1_767_225_600).expect("in range") + started.elapsed()));
         let world = World {
             dialer: Arc::new(self.server.dialer()),
             logins: Arc::new(ModelLogins),
@@ -378,9 +377,8 @@ impl Simulation {
     async fn check_acknowledged(&self) {
         let slot = self.server.with(|state| state.slots.get(SLOT).and_then(|slot| slot.restart_lsn));
         let (Some(restart), Some(archive)) = (slot, self.archive().await) else { return };
-        let acknowledged = self.server.with(|state| {
-            state.statuses.iter().map(|status| status.status.flush).max().unwrap_or_default()
-        });
+        let acknowledged =
+            self.server.with(|state| state.statuses.iter().map(|status| status.status.flush).max().unwrap_or_default());
         let restart = restart.min(acknowledged);
         let history = self.writers[&self.current].history();
         // The path to the current timeline, byte by byte from the archive's start to the slot.
@@ -400,7 +398,10 @@ impl Simulation {
                 .filter(|(other, _)| history.contains(**other) && **other > timeline)
                 .map(|(_, child)| child.end_from(reached))
                 .fold(held, Lsn::max);
-            assert!(held > reached, "acknowledged up to {restart}, but the archive ends at {reached} on timeline {timeline}");
+            assert!(
+                held > reached,
+                "acknowledged up to {restart}, but the archive ends at {reached} on timeline {timeline}"
+            );
             reached = held.min(end.max(held));
         }
     }
