@@ -58,6 +58,16 @@ pub struct ClusterAgent {
     /// The fault the last stream ended with: the same one again is damage at the source.
     fault: Option<ScanError>,
     last_said: Option<String>,
+    /// Where the server said, after it had granted the stream, that it no longer has the WAL.
+    removed: Option<Removed>,
+}
+
+/// WAL that was asked for and is gone.
+#[derive(Debug)]
+struct Removed {
+    timeline: TimelineId,
+    segment_start: Lsn,
+    cause: String,
 }
 
 /// What one round of connecting and streaming came to.
@@ -79,7 +89,8 @@ impl ClusterAgent {
         stop: CancellationToken,
     ) -> (ClusterAgent, watch::Receiver<Status>) {
         let (status, watching) = watch::channel(Status::default());
-        let agent = ClusterAgent { world, options, stop, status, failures: 0, fault: None, last_said: None };
+        let agent =
+            ClusterAgent { world, options, stop, status, failures: 0, fault: None, last_said: None, removed: None };
         (agent, watching)
     }
 
@@ -90,7 +101,7 @@ impl ClusterAgent {
                 biased;
                 // Nothing of a stream is under way while connecting: dropping it loses nothing.
                 () = self.stop.clone().cancelled_owned() => return Ok(()),
-                prepared = prepare(&self.world, &self.options) => prepared,
+                prepared = prepare(&self.world, &self.options, self.removed.take()) => prepared,
             };
             let round = match round {
                 Ok(prepared) => self.stream(prepared).await,
@@ -148,8 +159,8 @@ impl ClusterAgent {
 
     /// Streams, timeline after timeline, as long as the connection lasts.
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
-        let Prepared { mut connection, archive, server, frontier, slot_restart, login } = prepared;
-        let timeline = frontier.timeline;
+        let Prepared { mut connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
+        let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
         let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, &server, &frontier).await? {
             standby::Turn::Ours(epoch) => epoch,
             standby::Turn::Theirs(writer) => {
@@ -209,6 +220,10 @@ impl ClusterAgent {
                 Ok(Round::Reconnect)
             }
             Err(ReceiveError::Scan(error)) => self.handle_fault(&archive, timeline, error).await,
+            Err(ReceiveError::Replication(error)) if StartFault::of(&error) == Some(StartFault::SegmentRemoved) => {
+                self.removed = Some(Removed { timeline, segment_start, cause: slot_cause });
+                Err(error.into())
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -274,10 +289,12 @@ struct Prepared {
     server: Server,
     frontier: Frontier,
     slot_restart: Lsn,
+    /// Why the slot might not hold what is asked for.
+    slot_cause: String,
 }
 
 /// From nothing to a granted stream.
-async fn prepare(world: &World, options: &ClusterOptions) -> Result<Prepared, Failure> {
+async fn prepare(world: &World, options: &ClusterOptions, removed: Option<Removed>) -> Result<Prepared, Failure> {
     let logins = world.logins.logins(Purpose::Physical)?;
     let connected = connect::connect_or_explain(world.dialer.as_ref(), &logins, world.logins.wanted()).await?;
     let connect::Connected { mut connection, login, in_recovery } = connected;
@@ -291,26 +308,16 @@ async fn prepare(world: &World, options: &ClusterOptions) -> Result<Prepared, Fa
         Found::Usable { restart_lsn } => Some(*restart_lsn),
         _ => slot::restart_lsn(world, &mut connection, &login, &options.slot, &server).await?,
     };
-    let mut frontier = frontier;
-    match start(&mut connection, options, &frontier).await? {
-        Granted::Streaming => {}
-        Granted::Removed => {
+    let frontier = match removed {
+        Some(gone) if (gone.timeline, gone.segment_start) == (frontier.timeline, frontier.segment_start) => {
             let begin = slot_restart.unwrap_or(server.identity.flush_lsn);
-            frontier = skip_gap(world, &archive, &server, &frontier, begin, &slot_cause).await?;
-            match start(&mut connection, options, &frontier).await? {
-                Granted::Streaming => {}
-                Granted::Removed => {
-                    return Err(Failure::new(
-                        ExitCode::Unavailable,
-                        "the server removes WAL faster than it can be asked for",
-                    )
-                    .disposition(Disposition::Reconnect)
-                    .hint("is the slot dropped by somebody else, or max_slot_wal_keep_size very small?"));
-                }
-            }
+            skip_gap(world, &archive, &server, &frontier, begin, &gone.cause).await?
         }
-    }
-    Ok(Prepared { connection, login, archive, server, frontier, slot_restart: slot_restart.unwrap_or(Lsn::ZERO) })
+        _ => frontier,
+    };
+    start(&mut connection, options, &frontier).await?;
+    let slot_restart = slot_restart.unwrap_or(Lsn::ZERO);
+    Ok(Prepared { connection, login, archive, server, frontier, slot_restart, slot_cause })
 }
 
 /// Creates the slot where it is missing or lost; says why the archive may have a gap.
@@ -328,22 +335,14 @@ async fn ensure_slot(connection: &mut Connection, options: &ClusterOptions, foun
     }
 }
 
-enum Granted {
-    Streaming,
-    /// The WAL asked for is no longer on the server.
-    Removed,
-}
-
-async fn start(connection: &mut Connection, options: &ClusterOptions, frontier: &Frontier) -> Result<Granted, Failure> {
-    match connection.start_replication(&options.slot, frontier.segment_start, frontier.timeline).await {
-        Ok(Start::Streaming) => Ok(Granted::Streaming),
-        Ok(Start::TimelineEnded(_)) => {
-            // Exactly at its end: what the archive holds reaches the fork, and the plan should have branched.
-            Err(Failure::new(ExitCode::Unavailable, format!("timeline {} has just ended", frontier.timeline))
-                .disposition(Disposition::Reconnect))
+async fn start(connection: &mut Connection, options: &ClusterOptions, frontier: &Frontier) -> Result<(), Failure> {
+    match connection.start_replication(&options.slot, frontier.segment_start, frontier.timeline).await? {
+        Start::Streaming => Ok(()),
+        // Exactly at its end: it ended after the plan was made.
+        Start::TimelineEnded(_) => {
+            let message = format!("timeline {} has just ended", frontier.timeline);
+            Err(Failure::new(ExitCode::Unavailable, message).disposition(Disposition::Reconnect))
         }
-        Err(error) if StartFault::of(&error) == Some(StartFault::SegmentRemoved) => Ok(Granted::Removed),
-        Err(error) => Err(error.into()),
     }
 }
 

@@ -4,10 +4,10 @@
 
 use super::startup::{Server, SlotPresence};
 use super::world::World;
-use crate::error::{Advice, ExitCode, Failure};
+use crate::error::{ExitCode, Failure};
 use crate::postgres::Purpose;
 use crate::postgres::sql::{self, SlotRow};
-use crate::replication::{Connection, Login, ReplicationError, SlotName, SlotReading};
+use crate::replication::{Connection, Login, SlotName, SlotReading};
 use crate::wal::Lsn;
 
 /// A slot as it was found.
@@ -94,8 +94,8 @@ pub async fn replace(connection: &mut Connection, slot: &SlotName, why: &str) ->
     tracing::warn!(%slot, why, "the slot is lost: it is dropped and created anew");
     match connection.drop_slot(slot).await {
         Ok(()) => {}
-        Err(ReplicationError::Server(error)) if error.sqlstate == "42704" => {}
-        Err(error) => return Err(Failure::from(error)),
+        Err(error) if error.sqlstate() == Some("42704") => {}
+        Err(error) => return Err(error.into()),
     }
     create(connection, slot).await.map(drop)
 }
@@ -112,9 +112,4 @@ pub async fn restart_lsn(
         Found::Usable { restart_lsn } => Ok(Some(restart_lsn)),
         Found::Absent | Found::Lost { .. } | Found::Unknown => Ok(None),
     }
-}
-
-/// Whether a refusal means that another session streams from the slot.
-pub fn is_busy(error: &ReplicationError) -> bool {
-    error.exit_code() == ExitCode::TryAgain && error.sqlstate() == Some("55006")
 }

@@ -232,17 +232,21 @@ pub async fn plan_start(
     let size = server.segment_size;
     let (_, directories) = archive.wal_listing().await?;
     let mut timelines: Vec<TimelineId> = directories.iter().map(|directory| directory.timeline).collect();
+    timelines.sort_unstable_by(|a, b| b.cmp(a));
     timelines.dedup();
-    let followed = timelines.iter().copied().filter(|&timeline| server.history.contains(timeline)).max();
     let mut frontiers: Vec<Frontier> = Vec::new();
-    for &timeline in &timelines {
-        if Some(timeline) == followed {
-            let state = archive.frontier(timeline, size).await?;
-            refuse_disputed(archive, &state)?;
-            frontiers.extend(frontier_of(&state, size));
-        } else {
+    for timeline in timelines {
+        if !server.history.contains(timeline) {
             // Only its number matters: whether the archive already follows a later one.
             frontiers.push(Frontier::empty(timeline, Lsn::ZERO));
+            continue;
+        }
+        let state = archive.frontier(timeline, size).await?;
+        refuse_disputed(archive, &state)?;
+        // The newest with proven bytes; one that has only just begun may have none yet.
+        if let Some(frontier) = frontier_of(&state, size) {
+            frontiers.push(frontier);
+            break;
         }
     }
     let position = ServerPosition {
@@ -275,13 +279,17 @@ fn refuse_disputed(archive: &Archive, state: &TimelineState) -> Result<(), Failu
 /// The archive's start, where this server can still serve it; else its own current segment.
 fn begin(file: &LineageFile, server: &Server) -> Frontier {
     let size = server.segment_size;
-    let start = file.start_lsn.map(|lsn| size.floor(lsn));
-    match start {
-        Some(start) if server.history.contains(file.start_timeline) && start <= server.identity.flush_lsn => {
-            Frontier::empty(file.start_timeline, start)
-        }
-        _ => Frontier::empty(server.identity.timeline, size.floor(server.identity.flush_lsn)),
+    let current = Frontier::empty(server.identity.timeline, size.floor(server.identity.flush_lsn));
+    let Some(start) = file.start_lsn.map(|lsn| size.floor(lsn)) else { return current };
+    if !server.history.contains(file.start_timeline) || start > server.identity.flush_lsn {
+        return current;
     }
+    let mut timeline = file.start_timeline;
+    // It may have ended before anything of it was archived.
+    while server.history.end_of(timeline).is_some_and(|end| end <= start) {
+        timeline = server.history.child_of(timeline).expect("a timeline that ended has a child");
+    }
+    Frontier::empty(timeline, start)
 }
 
 /// What a timeline's state means for a writer that goes on with it.

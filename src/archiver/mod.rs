@@ -335,18 +335,27 @@ impl Archiver {
     }
 
     /// Makes the newest cut durable, unless its segment is sealed meanwhile: then the segment does.
+    ///
+    /// A tail waits until everything below its segment is durable and indexed. Before, it could not be
+    /// acknowledged anyway, and a crash would leave bytes beyond a hole that nothing explains: the next agent
+    /// would take them for the archive's end (seed 834 of the simulation did).
     fn start_tail(&mut self) {
-        if self.running.tail {
+        let size = self.options.segment_size;
+        let is_next = |cut: &Arc<Cut>| {
+            let segment_start = size.start_of(size.segment_before(cut.to));
+            segment_start <= self.queue.frontier().bytes_end
+        };
+        if self.running.tail || !self.cut.as_ref().is_some_and(is_next) {
             return;
         }
         let Some(cut) = self.cut.take() else { return };
-        let number = self.options.segment_size.segment_before(cut.to);
+        let number = size.segment_before(cut.to);
         let segment = match self.segments.get(&number) {
             Some(work) if matches!(work.state, State::Open) => work.segment.clone(),
             Some(_) => return,
             None if self.is_past(number) => return,
             // The whole segment so far fits in the cut's own frame.
-            None => Segment::new(self.options.segment_size.start_of(number)),
+            None => Segment::new(size.start_of(number)),
         };
         let stored = self.tails.get(&number).map_or(&[][..], Vec::as_slice);
         let Some(plan) = plan_tail(stored, segment.start, cut.to, cut.is_final) else { return };

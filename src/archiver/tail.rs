@@ -21,8 +21,8 @@ pub struct TailPlan {
 /// `None` when the stored tails already reach `to` (and, for a final one, are one).
 pub fn plan_tail(stored: &[TailName], segment_start: Lsn, to: Lsn, is_final: bool) -> Option<TailPlan> {
     let end = stored.iter().map(|tail| tail.to).max().unwrap_or(segment_start);
-    let to = to.max(end);
-    if to == segment_start || (to == end && (!is_final || stored.len() <= 1)) {
+    // Below the stored end only a stream can end that did not get as far as an earlier one.
+    if to < end || to == segment_start || (to == end && (!is_final || stored.len() <= 1)) {
         return None;
     }
     let mut by_start: Vec<TailName> = stored.to_vec();
@@ -71,6 +71,7 @@ mod tests {
         assert_eq!((plan.from, plan.to, plan.absorbed.len()), (Lsn(0), Lsn(110), 2));
         assert_eq!(plan_tail(&stored[..1], Lsn(0), Lsn(100), true), None);
         assert_eq!(plan_tail(&[], Lsn(0), Lsn(0), true), None);
+        assert_eq!(plan_tail(&stored, Lsn(0), Lsn(105), true), None, "bytes up to 110 were not received again");
     }
 
     proptest! {

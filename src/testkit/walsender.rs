@@ -251,6 +251,7 @@ impl ModelState {
             "wal_segment_size" => format!("{megabytes}MB"),
             "server_version_num" => (self.major() * 10_000).to_string(),
             "server_version" => self.server_version.clone(),
+            "wal_sender_timeout" => self.wal_sender_timeout.map_or("0".to_string(), |t| format!("{}ms", t.as_millis())),
             "wal_level" => "replica".to_string(),
             "transaction_read_only" => if self.in_recovery { "on" } else { "off" }.to_string(),
             "data_directory_mode" => "0700".to_string(),
@@ -923,7 +924,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
     /// When there is something to do although nothing happens: a ping, then the end.
     fn wake_at(&self, sending: &Sending) -> Option<Instant> {
         let timeout = self.server.peek(|state| state.wal_sender_timeout)?;
-        Some(sending.last_heard + if sending.ping_unanswered { timeout } else { timeout / 2 })
+        // A ping waits behind what the client does not read.
+        let no_ping = sending.ping_unanswered || sending.written < self.output.len();
+        Some(sending.last_heard + if no_ping { timeout } else { timeout / 2 })
     }
 
     /// Takes a message of the client's.
