@@ -925,7 +925,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
     fn wake_at(&self, sending: &Sending) -> Option<Instant> {
         let timeout = self.server.peek(|state| state.wal_sender_timeout)?;
         // A ping waits behind what the client does not read.
-        let no_ping = sending.ping_unanswered || sending.written < self.output.len();
+        let no_ping = sending.ping_unanswered || sending.server_done || sending.written < self.output.len();
         Some(sending.last_heard + if no_ping { timeout } else { timeout / 2 })
     }
 
