@@ -178,7 +178,7 @@ impl Scene {
     fn as_service_user(&self, mut command: Command) -> Command {
         self.user.become_in(&mut command);
         // Ctrl-C on the terminal is for us alone: we end them in order.
-        command.current_dir(&self.directory).stdin(Stdio::null()).process_group(0);
+        command.current_dir(&self.directory).env("HOME", &self.directory).stdin(Stdio::null()).process_group(0);
         command
     }
 
