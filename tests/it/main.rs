@@ -2,6 +2,7 @@
 
 mod cli;
 mod demo;
+mod readme;
 mod servers_start;
 mod simulation;
 mod support;
