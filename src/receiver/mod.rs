@@ -255,6 +255,11 @@ impl<'a> Receiver<'a> {
 
     pub async fn run(mut self) -> Result<StreamEnd, ReceiveError> {
         let mut progress = self.wiring.progress.subscribe();
+        // What came with the grant is in the buffer already: often the first WAL, and before 16 the refusal of a
+        // removed segment, after which the server is silent for ever.
+        if let Some(end) = self.take_events().await? {
+            return Ok(end);
+        }
         loop {
             self.keep_time()?;
             if let Some(end) = self.poll_end() {
