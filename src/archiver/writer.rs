@@ -178,10 +178,10 @@ impl Writer {
             .without_max_times()
             .build();
         loop {
-            let error = match self.call_once(call()).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => error,
+            match self.call_once(call()).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => {}
                 answer => return answer,
-            };
+            }
             let delay = delays.next().expect("the delays never end");
             tokio::select! {
                 biased;

@@ -474,8 +474,8 @@ fn names(line: &str, word: &str) -> bool {
 
 #[test]
 fn the_rules_see_code_and_nothing_else() {
-    let text = "//! fsync\nlet a = \"rename\"; // rename\nlet b = r#\"sync_all\"#; /* sync_data /* x */ fsync */ c('\"');\nfs::rename();\n\
-                #[cfg(test)]\nmod tests { fsync }\n";
+    let text = "//! fsync\nlet a = \"rename\"; // rename\nlet b = r#\"sync_all\"#; /* sync_data /* x */ fsync */ c('\"');\n\
+                fs::rename();\n#[cfg(test)]\nmod tests { fsync }\n";
     let code = code_of(text);
     assert_eq!(lines_with(&code, "rename"), [4]);
     assert!(lines_with(&code, "fsync").is_empty() && lines_with(&code, "sync_all").is_empty());
