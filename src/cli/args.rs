@@ -95,6 +95,8 @@ impl Global {
 pub enum Command {
     /// The agent: stream and archive every configured cluster (or --cluster) until SIGTERM or SIGINT
     Run(RunArgs),
+    /// See it work: a scratch server streams, the agent crashes, the server is destroyed and recovered
+    Demo(DemoArgs),
     /// Print the SQL, pg_hba.conf lines, settings and configuration to use; create the archive with --apply
     Init(InitArgs),
     /// Examine configuration, server, role, slot and repository; every finding with its cure
@@ -124,6 +126,15 @@ pub struct RunArgs {
     /// End with 0 as soon as everything up to this LSN is durable (for scripts and benchmarks)
     #[arg(long, value_name = "LSN")]
     pub until: Option<Lsn>,
+}
+
+/// Needs a complete PostgreSQL (SEAWALL_PG_BIN, target/servers, /usr/lib/postgresql, PATH), touches no other server and
+/// no configuration, and takes half a minute. As root everything runs as the user postgres.
+#[derive(Args, Debug)]
+pub struct DemoArgs {
+    /// Leave the recovered copy running and the files in place, and say where
+    #[arg(long)]
+    pub keep: bool,
 }
 
 /// Without options only prints; nothing is connected to or changed.

@@ -7,6 +7,7 @@
 
 mod args;
 mod check;
+mod demo;
 mod gaps;
 mod init;
 mod output;
@@ -85,6 +86,7 @@ fn run(cli: &Cli) -> u8 {
     telemetry::set_up(global.log_format.into(), global.verbosity(cli.command.base_verbosity()));
     let ended = match &cli.command {
         Command::Run(args) => run::run(global, args),
+        Command::Demo(args) => demo::run(args),
         Command::Init(args) => init::run(global, args),
         Command::Check(args) => check::run(global, args),
         Command::Status(args) => status::run(global, args),

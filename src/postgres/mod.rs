@@ -3,7 +3,7 @@
 //! Owns: connection strings and URIs (`syntax`), their keywords (`keywords`), service files (`service`), password
 //! files (`passfile`), their precedence (`settings`), and how all of it becomes logins (`conninfo`).
 //! Does not own: sockets and the protocol (`replication`), which host is followed (`receiver`).
-//! Rests on `proto-notes/01`, "Password and service files". Everything here is pure: files and variables
+//! Rests on `proto-notes/01-startup.md`, "Password and service files". Everything here is pure: files and variables
 //! come in through [`Environment`].
 
 pub mod connect;

@@ -32,6 +32,7 @@ use resume::{Divergence, Frontier, PrefixCheck};
 
 /// What the receiver hands on, in this order: frames, then what their bytes turned out to prove.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one seal for sixteen frames or more, and two pieces in the channel at most
 pub enum Piece {
     Frame(RawFrame),
     Cut(Cut),

@@ -233,7 +233,7 @@ pub fn parse_segment_size(text: &str) -> Result<SegmentSize, BadAnswer> {
     SegmentSize::new(bytes).map_err(|error| error.to_string())
 }
 
-/// The file's name and its content: raw bytes, whatever type the server declares (facts 2.1).
+/// The file's name and its content: raw bytes, whatever type the server declares (proto-notes/02-commands.md, "grammar").
 pub fn decode_timeline_history(mut result: QueryResult) -> Result<(String, Bytes), BadAnswer> {
     one_row(&result, 2)?;
     let name = parse(&result, 0, "file name")?;

@@ -479,7 +479,7 @@ impl Connection {
                 self.state = if error.is_fatal() { State::Broken } else { State::StreamFailed };
                 Err(ReplicationError::Server(error.into()))
             }
-            // Without CopyDone: everything was sent and acknowledged, and the server shuts down (facts 3.5).
+            // Without CopyDone: everything was sent and acknowledged, and the server shuts down (proto-notes/03-streaming.md, "a stopping server").
             b'C' => Err(self.broken(ReplicationError::ServerStopping)),
             tag => {
                 let error = ProtocolError::Unexpected { tag, during: "streaming" };

@@ -2,7 +2,7 @@
 //!
 //! Owns: start-up, authentication, TLS, replication commands, the streaming sub-protocol, simple queries.
 //! Does not own: which host to try and with which settings (`postgres`), what the WAL means (`wal`),
-//! what is acknowledged (`receiver`). Rests on `proto-notes/01` to `03`.
+//! what is acknowledged (`receiver`). Rests on `proto-notes/01-startup.md` to `03-streaming.md`.
 
 pub mod command;
 pub mod connection;

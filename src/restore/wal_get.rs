@@ -622,7 +622,7 @@ impl Wanted {
         names
     }
 
-    /// What the long header of the first page must say (facts: proto-notes/05-wal-format.md).
+    /// What the long header of the first page must say (proto-notes/05-wal-format.md, "page header").
     fn check_header(&self, head: &[u8]) -> Result<(), String> {
         if head.len() < LONG_HEADER_BYTES {
             return Err("it does not hold a whole page header".to_string());

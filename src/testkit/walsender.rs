@@ -1,5 +1,6 @@
 //! Owns: a model server: slots, timelines and WAL in memory, served by a walsender that speaks the wire protocol.
-//! Does not own: what its WAL means (`wal_writer`). proto-notes/01 to 03; behaviour as measured on 13 to 18.
+//! Does not own: what its WAL means (`wal_writer`). proto-notes/01-startup.md to
+//! 03-streaming.md; behaviour as measured on 13 to 18.
 //!
 //! Deterministic on a paused clock: no randomness but SCRAM's salt, no time but tokio's.
 

@@ -1,4 +1,5 @@
 //! Owns: timeline ids, the system identifier, and history files (proto-notes/06-timelines.md).
+//! Does not own: which path through timelines counts (`continuity`), where streaming goes on (`receiver/resume.rs`).
 
 use std::fmt;
 use std::str::FromStr;
