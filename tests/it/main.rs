@@ -1,6 +1,8 @@
 //! The integration tests: one binary, so that they link once and share one support module.
 
+mod end_to_end;
 mod servers_start;
 mod simulation;
 mod support;
 mod tidy;
+mod timelines;
