@@ -255,6 +255,10 @@ impl<'a> Receiver<'a> {
 
     pub async fn run(mut self) -> Result<StreamEnd, ReceiveError> {
         let mut progress = self.wiring.progress.subscribe();
+        // What came together with the grant is here already, and nothing may follow it: an error ends the stream.
+        if let Some(end) = self.take_events().await? {
+            return Ok(end);
+        }
         loop {
             self.keep_time()?;
             if let Some(end) = self.poll_end() {
