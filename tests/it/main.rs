@@ -7,3 +7,4 @@ mod simulation;
 mod support;
 mod tidy;
 mod timelines;
+mod trouble;

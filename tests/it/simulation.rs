@@ -249,7 +249,9 @@ impl Simulation {
                 let at = Lsn(flush.0 - self.rng.u64(1..400).min(flush.0 - 1));
                 self.tally.corruptions += 1;
                 self.server.with(|state| state.faults.corrupt.insert(at));
-                self.sleep(3000).await;
+                // Damage on the way: over before the agent can ask again, which it does after 375 ms at the least.
+                // What arrives damaged a second time is damage at the source, and stops it.
+                self.sleep(350).await;
                 self.server.with(|state| state.faults.corrupt.clear());
             }
             _ => {

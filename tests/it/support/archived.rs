@@ -53,6 +53,13 @@ impl Archived {
         fs::write(self.config(), text).expect("a configuration can be written");
     }
 
+    /// Adds lines to the cluster's table.
+    pub fn configure(&self, lines: &str) {
+        let text = fs::read_to_string(self.config()).expect("the configuration can be read");
+        let text = text.replace("tail_interval", &format!("{lines}tail_interval"));
+        fs::write(self.config(), text).expect("a configuration can be written");
+    }
+
     /// A second archive with the same content, for a test that damages it.
     pub fn copy(&self) -> Archived {
         let copy = Archived { scratch: Scratch::new() };
