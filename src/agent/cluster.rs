@@ -177,7 +177,7 @@ impl ClusterAgent {
         let history = server.history.up_to(timeline).expect("the plan stays on the server's history");
         let scan = ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
         let assignment =
-            Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout: server.wal_sender_timeout };
+            Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout: server.wal_sender_timeout, login };
         let status = &self.status;
         let watching = |watched: Watched| {
             status.send_modify(|status| {

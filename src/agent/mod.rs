@@ -8,6 +8,7 @@ pub mod session;
 pub mod slot;
 mod standby;
 pub mod startup;
+mod stopping;
 pub mod world;
 
 use tokio::sync::watch;

@@ -9,12 +9,13 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::stopping;
 use super::world::{ClusterOptions, World};
 use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
 use crate::catalog::store::Archive;
 use crate::receiver::resume::Frontier;
 use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
-use crate::replication::Connection;
+use crate::replication::{Connection, Login};
 use crate::repository::layout::Epoch;
 use crate::wal::{Lsn, ScanOptions, Scanner};
 
@@ -31,6 +32,8 @@ pub struct Assignment {
     pub slot_restart: Lsn,
     pub epoch: Epoch,
     pub wal_sender_timeout: Duration,
+    /// Leads to the server the stream comes from.
+    pub login: Login,
 }
 
 /// What others may watch while a stream is under way.
@@ -83,6 +86,15 @@ pub async fn run(
     let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
 
+    let server_stopping = CancellationToken::new();
+    let watch = stopping::watch(
+        world.dialer.clone(),
+        assignment.login.clone(),
+        (*watched.activity).clone(),
+        server_stopping.clone(),
+    );
+    let _watch = AbortOnDropHandle::new(tokio::spawn(watch));
+
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
     let wiring = Wiring {
         pieces,
@@ -90,6 +102,7 @@ pub async fn run(
         memory,
         stop: stop.clone(),
         activity: watched.activity.clone(),
+        server_stopping: server_stopping.clone(),
         clock: world.clock.clone(),
     };
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);

@@ -3,7 +3,11 @@
 mod cli;
 mod demo;
 mod readme;
+mod crash;
+mod end_to_end;
 mod servers_start;
 mod simulation;
 mod support;
 mod tidy;
+mod timelines;
+mod trouble;
