@@ -190,16 +190,9 @@ impl ClusterAgent {
         };
         self.failures = 0;
         self.last_said = None;
-        let ended = session::run(
-            &self.world,
-            &self.options,
-            &archive,
-            connection,
-            assignment,
-            self.stop.clone(),
-            watching,
-        )
-        .await;
+        let ended =
+            session::run(&self.world, &self.options, &archive, connection, assignment, self.stop.clone(), watching)
+                .await;
         self.remember_acknowledged();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}

@@ -258,6 +258,10 @@ impl<'a> Receiver<'a> {
 
     pub async fn run(mut self) -> Result<StreamEnd, ReceiveError> {
         let mut progress = self.wiring.progress.subscribe();
+        // What came together with the server's consent, a refusal perhaps, is here already: no byte may follow it.
+        if let Some(end) = self.take_events().await? {
+            return Ok(end);
+        }
         loop {
             self.keep_time()?;
             if let Some(end) = self.poll_end() {

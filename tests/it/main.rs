@@ -2,5 +2,7 @@
 
 mod servers_start;
 mod simulation;
+mod slots;
+mod store_faults;
 mod support;
 mod tidy;
