@@ -77,7 +77,7 @@ pub async fn run(
         timeline: frontier.timeline,
         segment_size: assignment.scan.segment_size,
         repository: 0,
-        held_bytes_max: options.memory_bytes / 4,
+        memory: memory.clone(),
     };
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
     let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);

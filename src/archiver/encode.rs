@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
-use futures_util::stream::FuturesOrdered;
+use futures_util::stream::{FuturesOrdered, FuturesUnordered};
 use tokio::sync::mpsc;
 
 use super::workers::Workers;
@@ -44,17 +44,20 @@ pub async fn run_encoding(
     memory: MemoryBudget,
 ) {
     let mut encoding: FuturesOrdered<BoxFuture<'static, Encoded>> = FuturesOrdered::new();
+    let mut closed: FuturesUnordered<_> = archivers.iter().map(|archiver| archiver.closed()).collect();
     let mut open = true;
     while open || !encoding.is_empty() {
         tokio::select! {
             biased;
+            // An archiver that ended says why itself. Ending with it closes the receiver's channel, so that a
+            // failure is noticed although the server has nothing more to send.
+            Some(()) = closed.next() => return,
             piece = pieces.recv(), if open && encoding.len() <= workers.width() => match piece {
                 Some(piece) => encoding.push_back(encode(piece, workers.clone(), memory.clone())),
                 None => open = false,
             },
             Some(encoded) = encoding.next(), if !encoding.is_empty() => {
                 for archiver in &archivers {
-                    // An archiver that ended says why itself; its channel closes the receiver's.
                     if archiver.send(encoded.clone()).await.is_err() {
                         return;
                     }

@@ -28,7 +28,7 @@ pub use writer::{ArchiveError, StoreHealth, Writer};
 
 use crate::catalog::index::IndexEntry;
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Cut, Progress, Sealed};
+use crate::receiver::{Cut, MemoryBudget, Progress, Sealed};
 use crate::repository::layout::{IndexName, TailName};
 use crate::repository::{Key, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SegmentNumber, SegmentSize, TimelineId};
@@ -43,8 +43,8 @@ pub struct ArchiverOptions {
     pub segment_size: SegmentSize,
     /// This repository's place in the configuration, and in [`Progress`].
     pub repository: usize,
-    /// A segment whose encoded frames exceed this moves into an unfinished upload: a quarter of the budget.
-    pub held_bytes_max: u64,
+    /// What frames in memory count against.
+    pub memory: MemoryBudget,
 }
 
 /// Segments stored at once: more only helps where a store answers slowly and has the bandwidth for it.
@@ -264,13 +264,20 @@ impl Archiver {
         self.start_cleaning();
     }
 
-    /// Moves frames out of memory, of a segment that holds more than its share.
+    /// Moves frames out of memory into an unfinished upload: of a segment that holds more than a quarter of the
+    /// budget, or, when half of it is used, of the one that holds most. A record can span many segments, none
+    /// of which can be stored before it is proven: without this they would fill the budget and wait for ever.
     fn start_moving(&mut self) {
-        let limit = self.options.held_bytes_max;
-        let too_large = |work: &Work| work.segment.held_bytes() > limit && !matches!(work.state, State::Pushing);
-        let Some(number) = self.segments.iter().find(|(_, work)| too_large(work)).map(|(&number, _)| number) else {
-            return;
-        };
+        let memory = &self.options.memory;
+        let limit = memory.limit_bytes() / 4;
+        let pressed = memory.held_bytes() >= memory.limit_bytes() / 2;
+        let movable = self.segments.iter().filter(|(_, work)| !matches!(work.state, State::Pushing));
+        let largest = movable.max_by_key(|(_, work)| work.segment.held_bytes());
+        let due = largest.filter(|(_, work)| {
+            let held = work.segment.held_bytes();
+            held > limit || (pressed && held > 0 && matches!(work.state, State::Open))
+        });
+        let Some(number) = due.map(|(&number, _)| number) else { return };
         if self.running.moving.is_some() {
             return;
         }
@@ -286,7 +293,7 @@ impl Archiver {
                 let begun = writer.retry(|| writer.archive.backend.begin_upload(&key)).await?;
                 *upload.lock().await = Some(begun);
             }
-            push::append_to_upload(&upload, &segment.held_frames(), segment.start).await?;
+            push::append_to_upload(&writer, &upload, &segment.held_frames(), segment.start).await?;
             Ok(Done::Moved { number, slots: segment.moved() })
         }));
     }

@@ -64,13 +64,14 @@ async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) ->
     if writer.retry(|| writer.archive.backend.stat(&key)).await?.is_some() {
         return Err(ArchiveError::Store(already_exists(&key.to_string())));
     }
-    append_to_upload(upload, &held, segment.start).await?;
+    append_to_upload(writer, upload, &held, segment.start).await?;
     let complete = upload.lock().await.take().ok_or_else(|| upload_gone(segment.start))?;
-    Ok(complete.complete().await?)
+    writer.call_once(complete.complete()).await
 }
 
 /// Appends frames to an upload, in order. An error leaves the upload unusable: the session starts anew.
 pub async fn append_to_upload(
+    writer: &Writer,
     upload: &SharedUpload,
     frames: &[Arc<HeldFrame>],
     start: Lsn,
@@ -78,7 +79,7 @@ pub async fn append_to_upload(
     let mut upload = upload.lock().await;
     let open = upload.as_mut().ok_or_else(|| upload_gone(start))?;
     for held in frames {
-        open.append(held.frame.bytes.clone()).await?;
+        writer.call_once(open.append(held.frame.bytes.clone())).await?;
     }
     Ok(())
 }
@@ -116,7 +117,7 @@ async fn keep_conflict(
     let key = writer.archive.lineage.conflict(name, raw_crc32);
     let mut body = Vec::with_capacity(segment.slots.len());
     for slot in &segment.slots {
-        body.push(segment.encoded(slot).await?);
+        body.push(writer.call_once(segment.encoded(slot)).await?);
     }
     match writer.retry(|| writer.archive.backend.put_new(&key, &body)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
@@ -135,7 +136,7 @@ pub async fn push_tail(
     first_of_segment: bool,
 ) -> Result<TailName, ArchiveError> {
     writer.confirm_epoch(first_of_segment).await?;
-    let parts = segment.parts(plan.from, plan.to, &cut, workers).await?;
+    let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
     let tail = TailName {
         epoch: writer.epoch,
         from: plan.from,

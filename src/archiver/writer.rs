@@ -136,6 +136,34 @@ impl Writer {
         Ok(())
     }
 
+    /// One call, with a deadline, given up when the writer is stopped. For what cannot be repeated: a part of an
+    /// upload.
+    pub async fn call_once<T, E: Into<ArchiveError>>(
+        &self,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, ArchiveError> {
+        let called = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
+            called = tokio::time::timeout(Self::CALL_DEADLINE, call) => called,
+        };
+        let result = match called {
+            Ok(answered) => answered.map_err(Into::into),
+            Err(_) => Err(ArchiveError::Store(StoreError {
+                kind: StoreErrorKind::Unavailable,
+                operation: "use",
+                location: self.archive.backend.describe(),
+                cause: format!("no answer within {:?}", Self::CALL_DEADLINE),
+            })),
+        };
+        match &result {
+            Ok(_) => self.health.handle_success(),
+            Err(ArchiveError::Store(error)) if !is_answer(error) => self.health.handle_failure(error),
+            Err(_) => {}
+        }
+        result
+    }
+
     /// Repeats `call` until it succeeds, fails for good, or the writer is stopped.
     ///
     /// `AlreadyExists`, `NotFound`, `Corrupt` and `Unsupported` are answers, not outages: they come back at once.
@@ -150,28 +178,10 @@ impl Writer {
             .without_max_times()
             .build();
         loop {
-            let called = tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
-                called = tokio::time::timeout(Self::CALL_DEADLINE, call()) => called,
+            let error = match self.call_once(call()).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => error,
+                answer => return answer,
             };
-            let error = match called {
-                Ok(Ok(value)) => {
-                    self.health.handle_success();
-                    return Ok(value);
-                }
-                Ok(Err(error)) => match error.into() {
-                    ArchiveError::Store(error) if !is_answer(&error) => error,
-                    answer => return Err(answer),
-                },
-                Err(_) => StoreError {
-                    kind: StoreErrorKind::Unavailable,
-                    operation: "use",
-                    location: self.archive.backend.describe(),
-                    cause: format!("no answer within {:?}", Self::CALL_DEADLINE),
-                },
-            };
-            self.health.handle_failure(&error);
             let delay = delays.next().expect("the delays never end");
             tokio::select! {
                 biased;

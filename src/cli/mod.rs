@@ -11,6 +11,7 @@ mod gaps;
 mod init;
 mod output;
 mod run;
+mod server;
 mod setup;
 mod status;
 mod wal_get;
@@ -45,18 +46,28 @@ pub fn main(arguments: Vec<OsString>) -> process::ExitCode {
         Ok(cli) => (run(&cli), matches!(cli.command, Command::WalGet(_))),
         Err(error) => (explain_usage(&error, &arguments), false),
     };
-    process::ExitCode::from(if is_restore_command { harmless(code, answers_wal_get, arguments.len()) } else { code })
+    process::ExitCode::from(match is_restore_command {
+        true => harmless(code, answers_wal_get, asks_for_wal(&arguments)),
+        false => code,
+    })
 }
 
 /// PostgreSQL takes 1 to 125 for "end of WAL" and promotes: only a proven absence may be 1. Neither may 0 be
-/// anything but a delivered file: the help counts as success only for somebody who asked for nothing else.
-fn harmless(code: u8, answers_wal_get: bool, argument_count: usize) -> u8 {
-    const PROGRAM_VERB_HELP: usize = 3;
+/// anything but a delivered file: the help is a success only for somebody who asked for nothing else.
+fn harmless(code: u8, answers_wal_get: bool, asks_for_wal: bool) -> u8 {
     match code {
-        0 if answers_wal_get || argument_count <= PROGRAM_VERB_HELP => 0,
+        0 if answers_wal_get || !asks_for_wal => 0,
         1 if answers_wal_get => 1,
         _ => ERROR_EXIT_CODE,
     }
+}
+
+/// Whether any argument begins as every name PostgreSQL asks for does: with a timeline in eight digits.
+fn asks_for_wal(arguments: &[OsString]) -> bool {
+    let begins = |argument: &OsString| {
+        argument.as_encoded_bytes().first_chunk::<8>().is_some_and(|start| start.iter().all(u8::is_ascii_hexdigit))
+    };
+    arguments.iter().skip(1).any(begins)
 }
 
 /// Release builds abort on a panic, debug builds would go on without the task: both end here, with one code.
@@ -121,12 +132,20 @@ mod tests {
     fn no_code_of_wal_get_is_between_2_and_125() {
         for code in 0..=255 {
             for answers in [true, false] {
-                let given = harmless(code, answers, 5);
+                let given = harmless(code, answers, true);
                 assert!(!(2..=125).contains(&given), "{code} became {given}");
             }
-            assert_ne!(harmless(code, false, 5), 1, "only wal-get itself proves an absence");
+            assert_ne!(harmless(code, false, true), 1, "only wal-get itself proves an absence");
         }
-        assert_eq!((harmless(0, true, 5), harmless(1, true, 5), harmless(64, true, 5)), (0, 1, 255));
-        assert_eq!((harmless(0, false, 3), harmless(0, false, 5)), (0, 255));
+        assert_eq!((harmless(0, true, true), harmless(1, true, true), harmless(64, true, true)), (0, 1, 255));
+        assert_eq!((harmless(0, false, false), harmless(0, false, true)), (0, 255));
+    }
+
+    #[test]
+    fn names_of_wal_are_recognised() {
+        let asks = |line: &str| asks_for_wal(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        assert!(asks("seawall wal-get --help 00000002.history pg_wal/RECOVERYHISTORY"));
+        assert!(asks("seawall wal-get -V 000000010000000000000001 x"));
+        assert!(!asks("seawall --repository file:///a wal-get --help"));
     }
 }

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::num::NonZero;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -153,9 +152,4 @@ fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Re
     let result = runtime.block_on(work);
     runtime.shutdown_timeout(SHUTDOWN_PATIENCE);
     Ok(result)
-}
-
-/// The path this program runs from, for lines other programs shall run it by.
-pub fn own_path() -> PathBuf {
-    std::env::current_exe().unwrap_or_else(|_| PathBuf::from("seawall"))
 }

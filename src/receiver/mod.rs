@@ -258,7 +258,8 @@ impl<'a> Receiver<'a> {
 
     pub async fn run(mut self) -> Result<StreamEnd, ReceiveError> {
         let mut progress = self.wiring.progress.subscribe();
-        // What came together with the server's consent, a refusal perhaps, is here already: no byte may follow it.
+        // What came with the grant is in the buffer already: often the first WAL, and before 16 the refusal of a
+        // removed segment, after which the server is silent for ever.
         if let Some(end) = self.take_events().await? {
             return Ok(end);
         }

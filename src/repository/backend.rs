@@ -149,7 +149,7 @@ impl Advice for StoreError {
                 "free space on the repository's volume; the agent goes on by itself as soon as there is room"
             }
             StoreErrorKind::RootMissing => {
-                "is the volume mounted? seawall never creates a missing root by itself while it is running"
+                "is the volume mounted, and `url` right? For a new archive, create the directory with `seawall init --apply`"
             }
             StoreErrorKind::ReadOnly => {
                 "the repository's volume is read-only: remount it, or point `url` at a writable one"
@@ -177,6 +177,7 @@ impl Advice for StoreError {
         match self.kind {
             StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => ExitCode::Data,
             StoreErrorKind::PermissionDenied | StoreErrorKind::ReadOnly => ExitCode::Permission,
+            StoreErrorKind::RootMissing => ExitCode::Config,
             _ => ExitCode::Unavailable,
         }
     }

@@ -15,6 +15,11 @@ pub fn repository() -> Key {
     Key::new("repository.json")
 }
 
+/// An object `check` stores and deletes again, to see whether it may. No name a reader looks at.
+pub fn probe(random: u32) -> Key {
+    Key::new(format!("check-{random:08x}.probe"))
+}
+
 /// The directory of a cluster. `cluster` is a checked name: `[a-z0-9_]{1,40}`.
 pub fn cluster(cluster: &str) -> Key {
     Key::new(cluster)

@@ -287,7 +287,9 @@ impl Simulation {
                 1..=10 => self.rng.usize(0..60_000),
                 _ => self.rng.usize(0..300),
             };
-            let payload: Vec<u8> = (0..length).map(|i| (i as u32 ^ xid) as u8).collect();
+            let noise = self.rng.bool();
+            let payload: Vec<u8> =
+                (0..length).map(|i| if noise { self.rng.u8(..) } else { (i as u32 ^ xid) as u8 }).collect();
             let writer = self.writer();
             match kind {
                 11..=40 => writer.commit(xid, now),

@@ -4,6 +4,7 @@
 use seawall::catalog::ledger::FactKind;
 use seawall::wal::Lsn;
 
+use crate::support::agent;
 use crate::support::on_every_major;
 use crate::support::postgres::Server;
 use crate::support::process::eventually;
@@ -33,7 +34,9 @@ fn remove_wal(rig: &Rig, lsn: Lsn) {
         rig.write();
         rig.server.switch_wal();
         rig.server.sql("checkpoint");
-        let oldest = rig.server.value("select min(name) from pg_ls_waldir() where name ~ '^[0-9A-F]{24}$'");
+        let files = std::fs::read_dir(rig.server.wal_dir()).expect("pg_wal can be listed");
+        let names = files.filter_map(|file| file.ok()?.file_name().into_string().ok());
+        let oldest = names.filter(|name| name.len() == 24).min().expect("a server has WAL");
         (oldest > wanted).then_some(())
     });
 }
@@ -45,6 +48,15 @@ fn assert_one_gap(rig: &Rig, durable: Lsn, cause: &str) {
     assert_eq!(gaps[0].from_lsn, Some(durable));
     assert_eq!(gaps[0].to_lsn, rig.state().run_from, "the gap ends where the new run begins");
     assert!(gaps[0].cause.contains(cause), "{}", gaps[0].cause);
+    let config = rig.config("seawall");
+    let shown = agent::seawall(["gaps", "--json", "--config", config.to_str().expect("UTF-8")]);
+    assert_eq!(shown.status.code(), Some(1), "{shown:?}");
+    let answer: serde_json::Value = serde_json::from_slice(&shown.stdout).expect("JSON");
+    let list = answer["gaps"].as_array().expect("a list");
+    assert_eq!(list.len(), 1, "{answer}");
+    assert_eq!(list[0]["from_lsn"], durable.to_string());
+    assert_eq!(list[0]["to_lsn"], gaps[0].to_lsn.expect("it has bounds").to_string());
+    assert_eq!(list[0]["state"], "open");
 }
 
 on_every_major!(a_slot_that_comes_and_goes);
