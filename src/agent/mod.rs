@@ -4,11 +4,11 @@
 //! Does not own: signals and configuration (`cli/run.rs`), one cluster's life (`cluster.rs`).
 
 pub mod cluster;
+mod sentinel;
 pub mod session;
 pub mod slot;
 mod standby;
 pub mod startup;
-mod stopping;
 pub mod world;
 
 use tokio::sync::watch;

@@ -140,7 +140,7 @@ pub struct Wiring {
     pub memory: MemoryBudget,
     /// Drain: receive no more, make durable what there is, tell the server, end.
     pub stop: CancellationToken,
-    /// The server is stopping, as was seen outside the stream.
+    /// The server is stopping, as somebody found who does not need the stream for it.
     pub server_stopping: CancellationToken,
     /// Paused, streaming, stopping: for `status`.
     pub activity: Arc<watch::Sender<Activity>>,

@@ -1135,6 +1135,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             }
             self.changed.borrow_and_update();
             self.live()?;
+            if self.physical && self.server.peek(|state| state.stopping) {
+                // The last to go, when the ordinary sessions have ended; walsenders in mid-stream stay.
+                self.fatal(&Refusal::new("57P01", "terminating connection due to administrator command")).await?;
+                return Ok(None);
+            }
             let deaf = self.server.peek(|state| state.faults.stall_reading);
             tokio::select! {
                 biased;

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod archived;
 pub mod postgres;
 pub mod process;
+pub mod rig;
 
 /// One test per PostgreSQL major from one function taking the major; those not installed here say so and pass.
 ///
