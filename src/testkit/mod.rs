@@ -6,6 +6,7 @@
 #![doc(hidden)]
 
 pub mod conformance;
+pub mod logins;
 pub mod store;
 pub mod wal_writer;
 pub mod walsender;

@@ -14,15 +14,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use jiff::Timestamp;
 use seawall::agent::cluster::{ClusterAgent, State, Status};
-use seawall::agent::world::{ClusterOptions, LoginSource, World};
+use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
 use seawall::catalog::store::{self, Archive};
 use seawall::error::{Disposition, Failure};
-use seawall::postgres::{Purpose, TargetSessionAttrs};
 use seawall::receiver::Clock;
-use seawall::replication::{Address, Login, SessionKind, SlotName, SslMode};
+use seawall::replication::SlotName;
 use seawall::repository::layout::{TailName, WalObject};
-use seawall::testkit::store::{Event, FaultyStore};
+use seawall::testkit::logins::ModelLogins;
+use seawall::testkit::store::{Event, Faults, FaultyStore};
 use seawall::testkit::wal_writer::WalWriter;
 use seawall::testkit::walsender::ModelServer;
 use seawall::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
@@ -140,35 +140,6 @@ fn simulate(seed: u64) -> Tally {
     runtime.block_on(async { Simulation::new(seed).run().await })
 }
 
-#[derive(Debug)]
-struct ModelLogins;
-
-impl LoginSource for ModelLogins {
-    fn logins(&self, purpose: Purpose) -> Result<Vec<Login>, Failure> {
-        let kind = match purpose {
-            Purpose::Physical => SessionKind::Physical,
-            Purpose::Sql => SessionKind::Sql { database: "postgres".into() },
-        };
-        Ok(vec![Login {
-            address: Address::Tcp { host: "model".into(), ip: None, port: 5432 },
-            ssl_mode: SslMode::Disable,
-            user: "seawall".into(),
-            password: None,
-            kind,
-            application_name: "seawall".into(),
-            options: String::new(),
-            connect_timeout: Duration::from_secs(10),
-            answer_timeout: Duration::from_secs(30),
-            keepalive: None,
-            tcp_user_timeout: None,
-        }])
-    }
-
-    fn wanted(&self) -> TargetSessionAttrs {
-        TargetSessionAttrs::Any
-    }
-}
-
 struct Simulation {
     rng: fastrand::Rng,
     size: SegmentSize,
@@ -256,8 +227,8 @@ impl Simulation {
                 let after = self.rng.u64(0..600_000);
                 self.server.with(|state| state.faults.cut_after = Some(after));
             }
-            11 => self.store.set_faults(seawall::testkit::store::Faults::some()),
-            12 => self.store.set_faults(seawall::testkit::store::Faults::none()),
+            11 => self.store.set_faults(Faults::some()),
+            12 => self.store.set_faults(Faults::none()),
             13 => {
                 self.tally.outages += 1;
                 self.store.set_outage(true);
@@ -458,7 +429,7 @@ impl Simulation {
 
     /// All faults end; then everything becomes durable and acknowledged.
     async fn heal_and_settle(&mut self) {
-        self.store.set_faults(seawall::testkit::store::Faults::none());
+        self.store.set_faults(Faults::none());
         self.store.set_outage(false);
         self.server.with(|state| {
             state.faults = Default::default();
