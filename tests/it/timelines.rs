@@ -57,10 +57,13 @@ fn stream_from_a_standby_goes_on_over_its_promotion(major: u32) {
     let mut agent = archive.streaming_agent();
     let backup = primary.base_backup_without_wal();
     create_journal(&primary);
+    // A long tail and a short one, which only the end of the timeline makes one.
     write(&primary, "on the primary");
-    note(&primary, "the last before");
-    standby.wait_replayed(primary.flush_lsn());
-    archive.wait_acknowledged(&standby);
+    for what in ["acknowledged", "the last before"] {
+        note(&primary, what);
+        standby.wait_replayed(primary.flush_lsn());
+        archive.wait_acknowledged(&standby);
+    }
 
     standby.promote();
     primary.kill9();
@@ -79,7 +82,7 @@ fn stream_from_a_standby_goes_on_over_its_promotion(major: u32) {
     let parts = catalog.timelines[&TimelineId(1)].iter().flat_map(|directory| directory.tails.values());
     assert!(parts.clone().all(|tails| tails.len() == 1), "the ended segment's tails become one: {parts:#?}");
 
-    let before = ["on the primary", "the last before"];
+    let before = ["on the primary", "acknowledged", "the last before"];
     assert_eq!(recovered(&backup, &archive), [&before[..], &["after the promotion", "the last after"]].concat());
     assert_eq!(recovered_to(1, &backup, &archive), before);
     archive.assert_no_gaps();
