@@ -159,7 +159,7 @@ impl ClusterAgent {
 
     /// Streams, timeline after timeline, as long as the connection lasts.
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
-        let Prepared { mut connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
+        let Prepared { connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
         let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
         let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, &server, &frontier).await? {
             standby::Turn::Ours(epoch) => epoch,
@@ -176,8 +176,9 @@ impl ClusterAgent {
         );
         let history = server.history.up_to(timeline).expect("the plan stays on the server's history");
         let scan = ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
-        let assignment =
-            Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout: server.wal_sender_timeout };
+        let wal_sender_timeout = server.wal_sender_timeout;
+        let address = login.address.clone();
+        let assignment = Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, address };
         let status = &self.status;
         let watching = |watched: Watched| {
             status.send_modify(|status| {
@@ -189,16 +190,9 @@ impl ClusterAgent {
         };
         self.failures = 0;
         self.last_said = None;
-        let ended = session::run(
-            &self.world,
-            &self.options,
-            &archive,
-            &mut connection,
-            assignment,
-            self.stop.clone(),
-            watching,
-        )
-        .await;
+        let ended =
+            session::run(&self.world, &self.options, &archive, connection, assignment, self.stop.clone(), watching)
+                .await;
         self.remember_acknowledged();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}

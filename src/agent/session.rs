@@ -9,12 +9,13 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::sentinel::Sentinel;
 use super::world::{ClusterOptions, World};
 use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
 use crate::catalog::store::Archive;
 use crate::receiver::resume::Frontier;
 use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
-use crate::replication::Connection;
+use crate::replication::{Address, Connection};
 use crate::repository::layout::Epoch;
 use crate::wal::{Lsn, ScanOptions, Scanner};
 
@@ -31,6 +32,8 @@ pub struct Assignment {
     pub slot_restart: Lsn,
     pub epoch: Epoch,
     pub wal_sender_timeout: Duration,
+    /// Where the stream comes from.
+    pub address: Address,
 }
 
 /// What others may watch while a stream is under way.
@@ -54,7 +57,7 @@ pub async fn run(
     world: &World,
     options: &ClusterOptions,
     archive: &Archive,
-    connection: &mut Connection,
+    mut connection: Connection,
     assignment: Assignment,
     stop: CancellationToken,
     watching: impl FnOnce(Watched),
@@ -83,17 +86,26 @@ pub async fn run(
     let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
 
+    let server_stopping = CancellationToken::new();
+    let patience = 2 * options.tail_interval.max(options.shutdown_grace);
+    let address = assignment.address.clone();
+    let sentinel = Sentinel::new(world.clone(), address, watched.clone(), patience, server_stopping.clone());
+    let sentinel = AbortOnDropHandle::new(tokio::spawn(sentinel.run()));
+
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
     let wiring = Wiring {
         pieces,
         progress: watched.progress.clone(),
         memory,
         stop: stop.clone(),
+        server_stopping,
         activity: watched.activity.clone(),
         clock: world.clock.clone(),
     };
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
-    let received = Receiver::new(connection, frontier, scanner, receiver_options, wiring).run().await;
+    let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring).run().await;
+    // A stopping server waits for every walsender's connection, whatever the archiver still has to do.
+    drop((connection, sentinel));
 
     // The receiver is gone and its channel closed: the archiver stores what it was given and ends. At the end of
     // a timeline that may take as long as the store needs; otherwise as long as a stop may take.

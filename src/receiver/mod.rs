@@ -140,6 +140,8 @@ pub struct Wiring {
     pub memory: MemoryBudget,
     /// Drain: receive no more, make durable what there is, tell the server, end.
     pub stop: CancellationToken,
+    /// The server is stopping, as somebody found who does not need the stream for it.
+    pub server_stopping: CancellationToken,
     /// Paused, streaming, stopping: for `status`.
     pub activity: Arc<watch::Sender<Activity>>,
     pub clock: Clock,
@@ -208,6 +210,7 @@ pub struct Receiver<'a> {
 /// What ended a wait.
 enum Woken {
     Stop,
+    ServerStopping,
     HandedOn,
     Stored,
     MemoryReleased,
@@ -273,6 +276,7 @@ impl<'a> Receiver<'a> {
             let woken = tokio::select! {
                 biased;
                 () = self.wiring.stop.cancelled(), if self.ending.is_none() => Woken::Stop,
+                () = self.wiring.server_stopping.cancelled(), if self.ending.is_none() => Woken::ServerStopping,
                 permit = self.wiring.pieces.reserve(), if !self.outbox.is_empty() => {
                     let permit = permit.map_err(|_| ReceiveError::PipelineClosed)?;
                     permit.send(self.outbox.pop_front().expect("checked: there is one"));
@@ -289,6 +293,7 @@ impl<'a> Receiver<'a> {
             };
             match woken {
                 Woken::Stop => self.begin_ending(false),
+                Woken::ServerStopping => self.begin_ending(true),
                 Woken::Stored => self.tell_progress(),
                 Woken::MemoryReleased => self.review_pause(),
                 Woken::HandedOn | Woken::Timer | Woken::Exchanged(Ok(false)) => {}

@@ -335,6 +335,33 @@ impl Connection {
         }
     }
 
+    /// Waits, with nothing asked, for the server to end the session: its last word. May be dropped at any time.
+    pub async fn wait_for_end(&mut self) -> ReplicationError {
+        let phase = Phase::Command("nothing");
+        if self.state != State::Ready {
+            return ReplicationError::Misuse { phase, state: self.state.name() };
+        }
+        loop {
+            let Frame { tag, body } = match self.receive(phase).await {
+                Ok(frame) => frame,
+                Err(error) => return error,
+            };
+            let body = self.input.slice(body);
+            let taken = match tag {
+                b'S' => self.parameters.update(body),
+                b'N' | b'A' => Ok(()),
+                b'E' => {
+                    let error = ServerError::decode(body, phase);
+                    return self.broken(ReplicationError::Server(error.into()));
+                }
+                _ => Err(unexpected(tag)),
+            };
+            if let Err(error) = taken {
+                return self.broken(protocol(phase, error));
+            }
+        }
+    }
+
     async fn command(&mut self, sql: &str, phase: Phase) -> Result<QueryResult, ReplicationError> {
         match self.exchange(sql, phase).await? {
             Some(result) => Ok(result),

@@ -926,7 +926,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
     fn wake_at(&self, sending: &Sending) -> Option<Instant> {
         let timeout = self.server.peek(|state| state.wal_sender_timeout)?;
         // A ping waits behind what the client does not read.
-        let no_ping = sending.ping_unanswered || sending.written < self.output.len();
+        let no_ping = sending.ping_unanswered || sending.server_done || sending.written < self.output.len();
         Some(sending.last_heard + if no_ping { timeout } else { timeout / 2 })
     }
 
@@ -1135,6 +1135,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Session<S> {
             }
             self.changed.borrow_and_update();
             self.live()?;
+            if self.physical && self.server.peek(|state| state.stopping) {
+                // The last to go, when the ordinary sessions have ended; walsenders in mid-stream stay.
+                self.fatal(&Refusal::new("57P01", "terminating connection due to administrator command")).await?;
+                return Ok(None);
+            }
             let deaf = self.server.peek(|state| state.faults.stall_reading);
             tokio::select! {
                 biased;

@@ -56,6 +56,7 @@ fn seeds() {
                         if seed >= count {
                             return total;
                         }
+                        let _watch = Watchdog::over(seed);
                         match std::panic::catch_unwind(|| simulate(seed)) {
                             Ok(tally) => total.add(&tally),
                             Err(panic) => {
@@ -78,6 +79,26 @@ fn seeds() {
         // A simulation in which nothing happens proves nothing.
         assert!(total.crashes > count / 2 && total.promotions > count / 10 && total.segments > count, "{total:?}");
     });
+}
+
+/// Ends the process, naming the seed, when one history takes too long: virtual time that stands still.
+struct Watchdog {
+    /// Dropped when the history ends.
+    _done: std::sync::mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn over(seed: u64) -> Watchdog {
+        let (done, waiting) = std::sync::mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            let limit = Duration::from_secs(std::env::var("WD").ok().and_then(|t| t.parse().ok()).unwrap_or(120));
+            if waiting.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                eprintln!("seed {seed} stands still; replay with: SEAWALL_SEED={seed} cargo test --test it simulation");
+                std::process::exit(101);
+            }
+        });
+        Watchdog { _done: done }
+    }
 }
 
 /// What happened, over all seeds.
@@ -248,8 +269,9 @@ impl Simulation {
                 let flush = self.writers[&self.current].flush_lsn();
                 let at = Lsn(flush.0 - self.rng.u64(1..400).min(flush.0 - 1));
                 self.tally.corruptions += 1;
+                // Shorter than the shortest pause before a reconnect: the second answer is sound.
                 self.server.with(|state| state.faults.corrupt.insert(at));
-                self.sleep(3000).await;
+                self.sleep(300).await;
                 self.server.with(|state| state.faults.corrupt.clear());
             }
             _ => {

@@ -50,7 +50,9 @@ fn clean_environment(command: &mut Command) -> &mut Command {
 pub fn binary_for_servers(scratch: &Scratch) -> PathBuf {
     let copy = scratch.join("seawall");
     if !copy.exists() {
-        fs::copy(binary(), &copy).expect("the binary can be copied");
+        // By a child: a handle of our own, open for writing, would go to whatever another test starts meanwhile,
+        // and the copy could not be run ("text file busy") until that ends.
+        process::run_ok(Command::new("cp").arg(binary()).arg(&copy), ANSWER_DEADLINE);
         fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).expect("our copy's mode can be set");
     }
     copy

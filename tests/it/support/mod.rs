@@ -4,8 +4,10 @@
 #![allow(dead_code)] // each test module uses its own part of the support
 
 pub mod agent;
+pub mod archived;
 pub mod postgres;
 pub mod process;
+pub mod rig;
 
 /// One test per PostgreSQL major from one function taking the major; those not installed here say so and pass.
 ///

@@ -614,6 +614,13 @@ impl Server {
         BackgroundLoad { pgbench: Reaped(child.expect("pgbench starts")) }
     }
 
+    /// Waits until the last transactions of a load that was ended have ended too.
+    pub fn wait_no_load(&self) {
+        let left = "select count(*) from pg_stat_activity where application_name = 'pgbench'";
+        let what = "pgbench's sessions end";
+        process::eventually(STATEMENT_DEADLINE, what, || (self.value(left) == "0").then_some(()));
+    }
+
     fn pgbench_command(&self, arguments: &[&str]) -> Command {
         let mut pgbench = Installation::newest_with("pgbench").command("pgbench");
         pgbench.args(arguments).arg(self.conninfo()); // a database name that holds a '=' is a conninfo
