@@ -63,7 +63,9 @@ fn shows_commands_that_exist() {
 fn names_every_command() {
     let help = agent::seawall_ok(["--help"]);
     let listed = help.lines().skip_while(|line| !line.starts_with("Commands:")).skip(1);
-    let listed = listed.take_while(|line| !line.trim().is_empty()).filter_map(|line| line.split_whitespace().next());
+    // A verb stands two columns in; further in, its description goes on.
+    let listed = listed.take_while(|line| !line.trim().is_empty()).filter_map(|line| line.strip_prefix("  "));
+    let listed = listed.filter(|line| !line.starts_with(' ')).filter_map(|line| line.split_whitespace().next());
     let there: BTreeSet<&str> = listed.filter(|verb| *verb != "help").collect();
     let text = readme();
     let named = text.lines().filter_map(|line| line.strip_prefix("| `seawall "));
