@@ -60,6 +60,8 @@ pub struct ClusterAgent {
     last_said: Option<String>,
     /// Where the server said, after it had granted the stream, that it no longer has the WAL.
     removed: Option<Removed>,
+    /// Where it said so once: a standby that replaces a segment file may say so in passing.
+    doubted: Option<Removed>,
 }
 
 /// WAL that was asked for and is gone.
@@ -89,8 +91,17 @@ impl ClusterAgent {
         stop: CancellationToken,
     ) -> (ClusterAgent, watch::Receiver<Status>) {
         let (status, watching) = watch::channel(Status::default());
-        let agent =
-            ClusterAgent { world, options, stop, status, failures: 0, fault: None, last_said: None, removed: None };
+        let agent = ClusterAgent {
+            world,
+            options,
+            stop,
+            status,
+            failures: 0,
+            fault: None,
+            last_said: None,
+            removed: None,
+            doubted: None,
+        };
         (agent, watching)
     }
 
@@ -194,6 +205,7 @@ impl ClusterAgent {
             session::run(&self.world, &self.options, &archive, connection, assignment, self.stop.clone(), watching)
                 .await;
         self.remember_acknowledged();
+        let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
             Err(error) => return Err(self.stop_for_conflict(&archive, timeline, error).await),
@@ -215,7 +227,12 @@ impl ClusterAgent {
             }
             Err(ReceiveError::Scan(error)) => self.handle_fault(&archive, timeline, error).await,
             Err(ReceiveError::Replication(error)) if StartFault::of(&error) == Some(StartFault::SegmentRemoved) => {
-                self.removed = Some(Removed { timeline, segment_start, cause: slot_cause });
+                let is_here = |gone: &Removed| (gone.timeline, gone.segment_start) == (timeline, segment_start);
+                match doubted.filter(is_here) {
+                    // The first cause is the cause: by now the slot is a new one.
+                    Some(gone) => self.removed = Some(gone),
+                    None => self.doubted = Some(Removed { timeline, segment_start, cause: slot_cause }),
+                }
                 Err(error.into())
             }
             Err(error) => Err(error.into()),

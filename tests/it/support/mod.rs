@@ -4,6 +4,7 @@
 #![allow(dead_code)] // each test module uses its own part of the support
 
 pub mod agent;
+pub mod model;
 pub mod postgres;
 pub mod process;
 pub mod rig;
