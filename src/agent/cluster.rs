@@ -21,6 +21,7 @@ use crate::postgres::{Purpose, connect};
 use crate::receiver::resume::Frontier;
 use crate::receiver::{ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
+use crate::repository::layout::{Epoch, Lineage};
 use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
@@ -53,6 +54,8 @@ pub struct ClusterAgent {
     options: ClusterOptions,
     stop: CancellationToken,
     status: watch::Sender<Status>,
+    /// The epoch taken last, and where: a connection that comes and goes must not cost an object each time.
+    epoch: Option<(Lineage, Epoch)>,
     /// Consecutive attempts without a stream.
     failures: u32,
     /// The fault the last stream ended with: the same one again is damage at the source.
@@ -60,6 +63,8 @@ pub struct ClusterAgent {
     last_said: Option<String>,
     /// Where the server said, after it had granted the stream, that it no longer has the WAL.
     removed: Option<Removed>,
+    /// Where it said so once: a standby that replaces a segment file may say so in passing.
+    doubted: Option<Removed>,
 }
 
 /// WAL that was asked for and is gone.
@@ -89,8 +94,18 @@ impl ClusterAgent {
         stop: CancellationToken,
     ) -> (ClusterAgent, watch::Receiver<Status>) {
         let (status, watching) = watch::channel(Status::default());
-        let agent =
-            ClusterAgent { world, options, stop, status, failures: 0, fault: None, last_said: None, removed: None };
+        let agent = ClusterAgent {
+            world,
+            options,
+            stop,
+            status,
+            epoch: None,
+            failures: 0,
+            fault: None,
+            last_said: None,
+            removed: None,
+            doubted: None,
+        };
         (agent, watching)
     }
 
@@ -161,8 +176,12 @@ impl ClusterAgent {
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
         let Prepared { connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
         let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
-        let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, &server, &frontier).await? {
-            standby::Turn::Ours(epoch) => epoch,
+        let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?
+        {
+            standby::Turn::Ours(epoch) => {
+                self.epoch = Some((archive.lineage.clone(), epoch));
+                epoch
+            }
             standby::Turn::Theirs(writer) => {
                 self.status.send_modify(|status| status.state = State::Waiting);
                 return standby::wait(&self.world, &self.options, &archive, connection, &server, writer, &self.stop)
@@ -194,6 +213,7 @@ impl ClusterAgent {
             session::run(&self.world, &self.options, &archive, connection, assignment, self.stop.clone(), watching)
                 .await;
         self.remember_acknowledged();
+        let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
             Err(error) => return Err(self.stop_for_conflict(&archive, timeline, error).await),
@@ -215,11 +235,21 @@ impl ClusterAgent {
             }
             Err(ReceiveError::Scan(error)) => self.handle_fault(&archive, timeline, error).await,
             Err(ReceiveError::Replication(error)) if StartFault::of(&error) == Some(StartFault::SegmentRemoved) => {
-                self.removed = Some(Removed { timeline, segment_start, cause: slot_cause });
+                let is_here = |gone: &Removed| (gone.timeline, gone.segment_start) == (timeline, segment_start);
+                match doubted.filter(is_here) {
+                    // The first cause is the cause: by now the slot is a new one.
+                    Some(gone) => self.removed = Some(gone),
+                    None => self.doubted = Some(Removed { timeline, segment_start, cause: slot_cause }),
+                }
                 Err(error.into())
             }
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// The epoch this process holds in this archive.
+    fn held_epoch(&self, archive: &Archive) -> Option<Epoch> {
+        self.epoch.as_ref().filter(|(lineage, _)| *lineage == archive.lineage).map(|(_, epoch)| *epoch)
     }
 
     fn remember_acknowledged(&self) {

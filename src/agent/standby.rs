@@ -30,27 +30,19 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// A frontier that has stood still this long, while the server is ahead, has no writer any more.
 const STILL: Duration = Duration::from_secs(60);
 
-/// Takes an epoch where no other slot's writer is known. START_REPLICATION was granted on our slot: no other
-/// agent streams from it.
+/// Keeps `held`, the epoch this process took before, while it is the highest; else takes the next one, where the
+/// highest is not another slot's. START_REPLICATION was granted on our slot: no other agent streams from it.
 pub async fn take_or_wait(
     world: &World,
     options: &ClusterOptions,
     archive: &Archive,
-    server: &Server,
-    frontier: &Frontier,
+    held: Option<Epoch>,
 ) -> Result<Turn, Failure> {
-    let highest = archive.highest_writer().await?;
-    match highest {
-        Some(writer) if writer.slot != options.slot.as_str() && has_written(&writer, frontier, server) => {
-            Ok(Turn::Theirs(writer))
-        }
+    match archive.highest_writer().await? {
+        Some(writer) if Some(writer.epoch) == held => Ok(Turn::Ours(writer.epoch)),
+        Some(writer) if writer.slot != options.slot.as_str() => Ok(Turn::Theirs(writer)),
         _ => Ok(Turn::Ours(take(world, options, archive).await?)),
     }
-}
-
-/// A writer whose archive reaches the server's position may be alive; one that is behind proves itself by moving.
-fn has_written(_writer: &WriterFile, frontier: &Frontier, _server: &Server) -> bool {
-    frontier.stored() != Stored { record_end: crate::wal::Lsn::ZERO, bytes_end: frontier.segment_start }
 }
 
 async fn take(world: &World, options: &ClusterOptions, archive: &Archive) -> Result<Epoch, Failure> {

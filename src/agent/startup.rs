@@ -53,12 +53,21 @@ pub async fn introduce(connection: &mut Connection, in_recovery: bool) -> Result
         return Err(Failure::new(ExitCode::Data, message)
             .hint(format!("restore pg_wal/{:08X}.history on the server", identity.timeline.0)));
     }
-    for ancestor in history.ancestors().iter().map(|entry| entry.timeline).filter(|&timeline| timeline > TimelineId(1))
-    {
-        if let Some((_, content)) = connection.timeline_history(ancestor).await? {
-            parse_history(ancestor, &content)?;
-            history_files.push((ancestor, content));
+    let mut child_file = history_files.last().map(|(_, content)| content.clone()).unwrap_or_default();
+    for ancestor in history.ancestors().iter().rev().map(|entry| entry.timeline) {
+        let file = match connection.timeline_history(ancestor).await? {
+            Some((_, content)) => Some(content),
+            // Removed from the server long ago. Recovery looks for every number: none may be missing.
+            None => History::parent_file(&child_file).map(|content| child_file.slice_ref(content)),
+        };
+        let Some(content) = file else { break };
+        let parsed = parse_history(ancestor, &content)?;
+        if Some(parsed) != history.up_to(ancestor) {
+            let message = format!("the server's histories of timelines {} and {ancestor} disagree", identity.timeline);
+            return Err(Failure::new(ExitCode::Data, message).hint("the server's own history files are damaged"));
         }
+        history_files.push((ancestor, content.clone()));
+        child_file = content;
     }
     // Ancestors first: nobody may find a child whose parents are unknown.
     history_files.sort_by_key(|(timeline, _)| *timeline);

@@ -120,6 +120,22 @@ impl History {
         Ok(History { timeline, ancestors })
     }
 
+    /// The parent's history file, out of its child's: the server copies the parent's file, adds a line feed and
+    /// one line of its own. `None` when the parent has none (it is the oldest).
+    pub fn parent_file(child: &[u8]) -> Option<&[u8]> {
+        let is_entry = |line: &[u8]| line.first().is_some_and(u8::is_ascii_digit);
+        let mut last_entry = None;
+        let mut start = 0;
+        for line in child.split_inclusive(|&b| b == b'\n') {
+            if is_entry(line) {
+                last_entry = Some(start);
+            }
+            start += line.len();
+        }
+        let (parent, separator) = child[..last_entry?].split_at_checked(last_entry?.checked_sub(1)?)?;
+        (separator == b"\n" && !parent.is_empty()).then_some(parent)
+    }
+
     /// The history of one of the timelines on this history: its own ancestors only.
     pub fn up_to(&self, timeline: TimelineId) -> Option<History> {
         if timeline == self.timeline {
@@ -186,6 +202,17 @@ mod tests {
         assert_eq!(history.child_of(TimelineId(2)), Some(TimelineId(3)));
         assert_eq!(history.child_of(TimelineId(3)), None);
         assert!(!history.contains(TimelineId(4)));
+    }
+
+    #[test]
+    fn a_parents_file_is_the_beginning_of_its_childs() {
+        // As PostgreSQL 15 wrote them in three promotions in a row.
+        let second = b"1\t0/DDB098\tno recovery target specified\n";
+        let third = b"1\t0/DDB098\tno recovery target specified\n\n2\t0/2000000\tbefore 2026-11-22 11:00:00+00\n";
+        assert_eq!(History::parent_file(third), Some(&second[..]));
+        assert_eq!(History::parent_file(second), None);
+        assert_eq!(History::parent_file(b""), None);
+        assert_eq!(History::parent_file(b"# only words\n"), None);
     }
 
     #[test]
