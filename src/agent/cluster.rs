@@ -197,7 +197,8 @@ impl ClusterAgent {
         let scan = ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
         let wal_sender_timeout = server.wal_sender_timeout;
         let address = login.address.clone();
-        let assignment = Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, address };
+        let server_major = server.major;
+        let assignment = Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, server_major, address };
         let status = &self.status;
         let watching = |watched: Watched| {
             status.send_modify(|status| {

@@ -12,12 +12,13 @@ use tokio_util::task::AbortOnDropHandle;
 use super::sentinel::Sentinel;
 use super::world::{ClusterOptions, World};
 use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
-use crate::catalog::store::Archive;
+use crate::catalog::DirectoryContents;
+use crate::catalog::store::{Archive, CatalogError};
 use crate::receiver::resume::Frontier;
 use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
 use crate::replication::{Address, Connection};
-use crate::repository::layout::Epoch;
-use crate::wal::{Lsn, ScanOptions, Scanner};
+use crate::repository::layout::{Epoch, WalDirectory};
+use crate::wal::{Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
 
 /// Pieces between receiver and encoder: each may hold a raw frame of 1 MiB. More would only be memory.
 const PIECES_MAX: usize = 2;
@@ -32,6 +33,7 @@ pub struct Assignment {
     pub slot_restart: Lsn,
     pub epoch: Epoch,
     pub wal_sender_timeout: Duration,
+    pub server_major: u32,
     /// Where the stream comes from.
     pub address: Address,
 }
@@ -81,7 +83,12 @@ pub async fn run(
     };
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
     let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);
-    let archiver = Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
+    let mut archiver =
+        Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
+    match left_behind(archive, frontier, assignment.scan.segment_size).await {
+        Ok(contents) => archiver.adopt(&contents),
+        Err(error) => tracing::debug!(%error, "nothing is tidied up this time"),
+    }
     let mut archiver = AbortOnDropHandle::new(tokio::spawn(archiver.run(encoded_input)));
     let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
@@ -92,7 +99,8 @@ pub async fn run(
     let sentinel = Sentinel::new(world.clone(), address, watched.clone(), patience, server_stopping.clone());
     let sentinel = AbortOnDropHandle::new(tokio::spawn(sentinel.run()));
 
-    let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
+    let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
+        .for_server(assignment.server_major);
     let wiring = Wiring {
         pieces,
         progress: watched.progress.clone(),
@@ -128,6 +136,16 @@ pub async fn run(
     let archived = archived.expect("the archiver does not panic");
     encoding.await.expect("the encoding stage does not panic");
     Ended { received, archived }
+}
+
+/// The directory the last sealed segment lies in.
+async fn left_behind(
+    archive: &Archive,
+    frontier: &Frontier,
+    size: SegmentSize,
+) -> Result<DirectoryContents, CatalogError> {
+    let last = SegmentName::new(frontier.timeline, size.segment_before(frontier.segment_start), size);
+    archive.directory(WalDirectory::of(last), size).await
 }
 
 fn receiver_options(options: &ClusterOptions, wal_sender_timeout: Duration) -> ReceiverOptions {

@@ -26,6 +26,7 @@ pub use encode::{Encoded, run_encoding};
 pub use workers::Workers;
 pub use writer::{ArchiveError, StoreHealth, Writer};
 
+use crate::catalog::DirectoryContents;
 use crate::catalog::index::IndexEntry;
 use crate::receiver::resume::Frontier;
 use crate::receiver::{Cut, MemoryBudget, Progress, Sealed};
@@ -114,7 +115,7 @@ enum Done {
     Pushed { number: SegmentNumber, entry: Box<IndexEntry> },
     Indexed { name: IndexName, entries: Vec<IndexEntry> },
     Moved { number: SegmentNumber, slots: Vec<Slot> },
-    Compacted { merged: IndexName, entries: Vec<IndexEntry> },
+    Compacted { merged: IndexName },
     Cleaned,
 }
 
@@ -143,6 +144,22 @@ impl Archiver {
             writer,
             workers,
             progress,
+        }
+    }
+
+    /// Takes over what earlier writers left in the directory it goes on in: small index objects to merge, and
+    /// tails of segments that are sealed and indexed by now, which only a crash left behind. Tails that do not
+    /// agree with the others stay: they are evidence.
+    pub fn adopt(&mut self, contents: &DirectoryContents) {
+        self.groups.adopt(contents);
+        for (&name, tails) in &contents.tails {
+            if contents.sealed(name).is_none() {
+                continue;
+            }
+            let refused = contents.tail_chain(name).refused;
+            let agreeing = tails.iter().map(|tail| tail.name).filter(|tail| !refused.contains(tail));
+            let lineage = &self.writer.archive.lineage;
+            self.superfluous.extend(agreeing.map(|tail| lineage.tail(name, &tail)));
         }
     }
 
@@ -212,10 +229,10 @@ impl Archiver {
                     work.segment.slots.splice(..slots.len(), slots);
                 }
             }
-            Done::Compacted { merged, entries } => {
+            Done::Compacted { merged } => {
                 self.running.compaction = false;
                 let lineage = &self.writer.archive.lineage;
-                let parts = self.groups.replace(merged, entries);
+                let parts = self.groups.replace(merged);
                 self.superfluous.extend(parts.into_iter().map(|part| lineage.index(part)));
             }
             Done::Cleaned => self.running.cleaning = false,
@@ -394,7 +411,7 @@ impl Archiver {
         self.running.compaction = true;
         self.jobs.push(Box::pin(async move {
             index::put_index(&writer, name, size, &entries).await?;
-            Ok(Done::Compacted { merged: name, entries })
+            Ok(Done::Compacted { merged: name })
         }));
     }
 

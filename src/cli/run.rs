@@ -29,7 +29,10 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
             repository = cluster.repository.url, version = env!("CARGO_PKG_VERSION"), "archiving"
         );
     }
-    setup::block_on_threads(serve(assignments, args.until))??;
+    setup::block_on_threads(async {
+        tokio::spawn(setup::clean_debris(clusters));
+        serve(assignments, args.until).await
+    })??;
     Ok(Verdict::Fine)
 }
 

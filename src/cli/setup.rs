@@ -153,3 +153,17 @@ fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Re
     runtime.shutdown_timeout(SHUTDOWN_PATIENCE);
     Ok(result)
 }
+
+/// Removes what killed writers left unfinished in local repositories, once the agent is under way.
+pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
+    /// No upload takes longer; a younger file may be another agent's.
+    const AGE: Duration = Duration::from_secs(24 * 3600);
+    for cluster in clusters {
+        let Location::Local(root) = cluster.repository.location;
+        match LocalBackend::open(root).clean_debris(AGE).await {
+            Ok(0) => {}
+            Ok(files) => tracing::info!(files, repository = cluster.repository.url, "removed unfinished files"),
+            Err(error) => tracing::debug!(%error, "unfinished files stay"),
+        }
+    }
+}

@@ -207,7 +207,7 @@ impl TempFile {
         }
     }
 
-    fn rename_over(mut self, name: &OsStr) -> io::Result<Directory> {
+    pub fn rename_over(mut self, name: &OsStr) -> io::Result<Directory> {
         rustix::fs::renameat(&self.directory.0, &self.name, &self.directory.0, name)?;
         self.renamed = true;
         self.directory.open_below(".")

@@ -14,7 +14,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tempfile::NamedTempFile;
 use tokio::time::Instant;
 
 use crate::catalog::contents::segment_span;
@@ -22,6 +21,7 @@ use crate::catalog::store::{self, Archive, CatalogError};
 use crate::catalog::{DirectoryContents, Expired, IndexEntry, LineageFile, TailChain};
 use crate::codec::decode::{DecodeError, FrameDecoder};
 use crate::error::{Advice, Disposition, ExitCode};
+use crate::repository::durable::{Directory, TempFile};
 use crate::repository::layout::{self, WalDirectory};
 use crate::repository::{Key, StoreError, StoreErrorKind};
 use crate::wal::{History, Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
@@ -241,7 +241,7 @@ impl WalGet {
             return Ok(Outcome::Absent(Absence::NoHistory));
         };
         let mut temp = temp_beside(dest)?;
-        temp.write_all(&content).map_err(|source| destination(dest, source))?;
+        temp.file().write_all(&content).map_err(|source| destination(dest, source))?;
         put_into_place(temp, dest)?;
         Ok(Outcome::Delivered)
     }
@@ -658,7 +658,7 @@ impl Wanted {
 #[derive(Debug)]
 struct Target {
     dest: PathBuf,
-    temp: NamedTempFile,
+    temp: TempFile,
     /// Bytes from here on are zeros, whatever is decoded.
     limit: u64,
     written: u64,
@@ -689,14 +689,14 @@ impl Target {
         if offset + (known as u64) < self.written {
             return Ok(());
         }
-        self.temp.as_file().write_all_at(&bytes[known..], offset + known as u64)?;
+        self.temp.file().write_all_at(&bytes[known..], offset + known as u64)?;
         self.written = offset + bytes.len() as u64;
         Ok(())
     }
 
     fn compare(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let mut known = vec![0; bytes.len()];
-        self.temp.as_file().read_exact_at(&mut known, offset)?;
+        self.temp.file().read_exact_at(&mut known, offset)?;
         if known != bytes {
             self.contradicted = true;
             return Err(io::Error::other("its bytes differ from another tail's"));
@@ -705,26 +705,26 @@ impl Target {
     }
 
     /// Pads with zeros and gives the file its name.
-    fn finish(self, size: SegmentSize) -> Result<(), WalGetError> {
+    fn finish(mut self, size: SegmentSize) -> Result<(), WalGetError> {
         if self.written != self.limit {
             let source = io::Error::other(format!("{} of {} bytes were written", self.written, self.limit));
             return Err(destination(&self.dest, source));
         }
-        self.temp.as_file().set_len(size.bytes()).map_err(|source| destination(&self.dest, source))?;
+        self.temp.file().set_len(size.bytes()).map_err(|source| destination(&self.dest, source))?;
         put_into_place(self.temp, &self.dest)
     }
 }
 
-fn temp_beside(dest: &Path) -> Result<NamedTempFile, WalGetError> {
-    let directory = dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temp = tempfile::Builder::new().prefix(".seawall-").tempfile_in(directory);
+fn temp_beside(dest: &Path) -> Result<TempFile, WalGetError> {
+    let parent = dest.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let temp = Directory::open(parent).and_then(TempFile::create);
     temp.map_err(|source| destination(dest, source))
 }
 
-/// The one place that renames: PostgreSQL sees a complete file or none. Nothing is synced, because recovery asks
-/// again after a crash.
-fn put_into_place(temp: NamedTempFile, dest: &Path) -> Result<(), WalGetError> {
-    temp.persist(dest).map(drop).map_err(|error| destination(dest, error.error))
+/// PostgreSQL sees a complete file or none. Nothing is synced, because recovery asks again after a crash.
+fn put_into_place(temp: TempFile, dest: &Path) -> Result<(), WalGetError> {
+    let name = dest.file_name().ok_or_else(|| destination(dest, io::ErrorKind::InvalidInput.into()))?;
+    temp.rename_over(name).map(drop).map_err(|source| destination(dest, source))
 }
 
 fn destination(path: &Path, source: io::Error) -> WalGetError {

@@ -74,6 +74,19 @@ impl Scanner {
         }
     }
 
+    /// The major version the server says it is: its pages then have to have that version's magic. Without it, and
+    /// for versions whose magic is not settled, the first page says.
+    pub fn for_server(mut self, major: u32) -> Scanner {
+        const SETTLED: std::ops::RangeInclusive<u32> = 13..=18;
+        let magic = PageMagic::of_version(major).filter(|_| SETTLED.contains(&major));
+        if self.chain.magic.is_none()
+            && let Some((magic, format)) = magic.and_then(|magic| Some((magic, Format::of(magic)?)))
+        {
+            (self.chain.magic, self.chain.format) = (Some(magic), format);
+        }
+        self
+    }
+
     /// Takes the bytes that follow [`Scanner::position`]. After an error the scanner only repeats it.
     pub fn feed(&mut self, lsn: Lsn, bytes: &[u8]) -> Result<(), ScanError> {
         if let Some(error) = &self.failed {
