@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::encode::HeldFrame;
 use super::segment::{Segment, SharedUpload, upload_gone};
 use super::workers::Workers;
-use super::writer::{ArchiveError, Writer};
+use super::writer::{ArchiveError, Delays, Writer, is_answer};
 use crate::catalog::index::{Crc32, IndexEntry};
 use crate::catalog::store::StoredObject;
 use crate::receiver::{Cut, Sealed};
@@ -65,11 +65,20 @@ async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) ->
         return Err(ArchiveError::Store(already_exists(&key.to_string())));
     }
     append_to_upload(writer, upload, &held, segment.start).await?;
-    let complete = upload.lock().await.take().ok_or_else(|| upload_gone(segment.start))?;
-    writer.call_once(complete.complete()).await
+    let mut upload = upload.lock().await;
+    let open = upload.as_mut().ok_or_else(|| upload_gone(segment.start))?;
+    let mut delays = Delays::new();
+    let completed = loop {
+        match writer.call_once(open.complete()).await {
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            completed => break completed,
+        }
+    };
+    *upload = None;
+    completed
 }
 
-/// Appends frames to an upload, in order. An error leaves the upload unusable: the session starts anew.
+/// Appends frames to an upload, in order, each until it is taken.
 pub async fn append_to_upload(
     writer: &Writer,
     upload: &SharedUpload,
@@ -79,7 +88,14 @@ pub async fn append_to_upload(
     let mut upload = upload.lock().await;
     let open = upload.as_mut().ok_or_else(|| upload_gone(start))?;
     for held in frames {
-        writer.call_once(open.append(held.frame.bytes.clone())).await?;
+        let mut delays = Delays::new();
+        loop {
+            match writer.call_once(open.append(held.frame.bytes.clone())).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+                Err(error) => return Err(error),
+                Ok(()) => break,
+            }
+        }
     }
     Ok(())
 }

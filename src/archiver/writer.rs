@@ -5,7 +5,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -172,27 +172,42 @@ impl Writer {
         E: Into<ArchiveError>,
         F: Future<Output = Result<T, E>>,
     {
-        let mut delays = ExponentialBuilder::new()
-            .with_min_delay(Duration::from_millis(250))
-            .with_max_delay(Duration::from_secs(15))
-            .without_max_times()
-            .build();
+        let mut delays = Delays::new();
         loop {
             match self.call_once(call()).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => {}
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
                 answer => return answer,
             }
-            let delay = delays.next().expect("the delays never end");
-            tokio::select! {
-                biased;
-                () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
-                () = tokio::time::sleep(delay) => {}
-            }
+        }
+    }
+
+    /// Waits before the next attempt, unless the writer is stopped.
+    pub async fn wait(&self, delays: &mut Delays) -> Result<(), ArchiveError> {
+        let delay = delays.0.next().expect("the delays never end");
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(ArchiveError::Stopped),
+            () = tokio::time::sleep(delay) => Ok(()),
         }
     }
 }
 
-fn is_answer(error: &StoreError) -> bool {
+/// 0.25 to 15 s, doubling.
+#[derive(Debug)]
+pub struct Delays(ExponentialBackoff);
+
+impl Delays {
+    pub fn new() -> Delays {
+        let delays = ExponentialBuilder::new()
+            .with_min_delay(Duration::from_millis(250))
+            .with_max_delay(Duration::from_secs(15))
+            .without_max_times();
+        Delays(delays.build())
+    }
+}
+
+/// Answers that come back at once: repeating the call would not change them.
+pub fn is_answer(error: &StoreError) -> bool {
     use StoreErrorKind::*;
     matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported)
 }

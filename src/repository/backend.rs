@@ -90,6 +90,9 @@ pub trait Backend: fmt::Debug + Send + Sync {
 }
 
 /// An object being written. Dropping it leaves nothing under its name; debris is cleaned by the backend later.
+///
+/// A call that fails with anything but `NotFound` leaves the upload as it was and may be repeated. One that is
+/// dropped, or answers `NotFound`, leaves it unusable: what was written must be written again.
 #[async_trait]
 pub trait Upload: fmt::Debug + Send {
     async fn append(&mut self, part: Bytes) -> Result<(), StoreError>;
@@ -97,8 +100,8 @@ pub trait Upload: fmt::Debug + Send {
     /// Reads back bytes already appended. `Unsupported` where the store cannot (multipart uploads).
     async fn read_back(&mut self, range: Range<u64>) -> Result<Bytes, StoreError>;
 
-    /// Gives the object its name, with the guarantees of [`Backend::put_new`].
-    async fn complete(self: Box<Self>) -> Result<(), StoreError>;
+    /// Gives the object its name, with the guarantees of [`Backend::put_new`]. Afterwards the upload is spent.
+    async fn complete(&mut self) -> Result<(), StoreError>;
 
     /// Removes what was written so far.
     async fn abort(self: Box<Self>) -> Result<(), StoreError>;

@@ -425,7 +425,8 @@ fn remove_if_old(directory: &Directory, name: &str, cutoff: SystemTime) -> bool 
 struct LocalUpload {
     backend: LocalBackend,
     key: Key,
-    /// Gone while a call works on it, and for good after one that failed or was dropped: the file is then removed.
+    /// Gone while a call works on it, and for good after one that was dropped, ran out of time, or gave the object
+    /// its name: the file is then removed.
     file: Option<UploadFile>,
 }
 
@@ -438,8 +439,13 @@ struct UploadFile {
 }
 
 impl UploadFile {
+    /// Writes what was gathered. On an error the file is as before, and what was gathered still waits.
     fn flush(&mut self) -> Result<(), Failed> {
-        self.temp.write(&self.gathered)?;
+        if let Err(error) = self.temp.write(&self.gathered) {
+            self.temp.file().set_len(self.written)?;
+            self.temp.file().seek(SeekFrom::Start(self.written))?;
+            return Err(error.into());
+        }
         self.written += self.gathered_bytes as u64;
         self.gathered.clear();
         self.gathered_bytes = 0;
@@ -460,7 +466,7 @@ impl LocalUpload {
     }
 
     fn take(&mut self) -> Result<UploadFile, StoreError> {
-        let lost = || Failed::new(StoreErrorKind::Unavailable, "an earlier write of it failed".to_string());
+        let lost = || Failed::new(StoreErrorKind::NotFound, "an earlier write of it was given up".to_string());
         self.file.take().ok_or_else(|| self.operation("store", 0).error(lost()))
     }
 }
@@ -476,9 +482,15 @@ impl Upload for LocalUpload {
             return Ok(());
         }
         let operation = self.operation("store", file.gathered_bytes as u64);
-        let file = self.backend.run(operation, move |_| file.flush().map(|()| file)).await?;
+        let flushed = self.backend.run(operation, move |_| Ok((file.flush(), file))).await?;
+        let (result, mut file) = flushed;
+        if result.is_err()
+            && let Some(part) = file.gathered.pop()
+        {
+            file.gathered_bytes -= part.len();
+        }
         self.file = Some(file);
-        Ok(())
+        result.map_err(|failed| self.operation("store", 0).error(failed))
     }
 
     async fn read_back(&mut self, range: Range<u64>) -> Result<Bytes, StoreError> {
@@ -488,26 +500,33 @@ impl Upload for LocalUpload {
         let (content, file) = self
             .backend
             .run(operation, move |_| {
-                file.flush()?;
-                Ok((file.read_back(range), file))
+                let content = file.flush().and_then(|()| file.read_back(range));
+                Ok((content, file))
             })
             .await?;
         self.file = Some(file);
         content.map_err(|failed| self.operation("read", 0).error(failed))
     }
 
-    async fn complete(mut self: Box<Self>) -> Result<(), StoreError> {
+    async fn complete(&mut self) -> Result<(), StoreError> {
         let mut file = self.take()?;
         let operation = self.operation("store", file.written + file.gathered_bytes as u64);
         let key = self.key.clone();
-        self.backend
+        let completed = self
+            .backend
             .run(operation, move |shared| {
                 // The volume may be gone since the upload began.
-                shared.root()?;
-                file.flush()?;
-                Ok(file.temp.persist_new(key.file_name())?)
+                let flushed = shared.root().and_then(|_| file.flush());
+                Ok(match flushed {
+                    Ok(()) => Ok(file.temp.persist_new(key.file_name())?),
+                    Err(failed) => Err((failed, file)),
+                })
             })
-            .await
+            .await?;
+        completed.map_err(|(failed, file)| {
+            self.file = Some(file);
+            self.operation("store", 0).error(failed)
+        })
     }
 
     async fn abort(mut self: Box<Self>) -> Result<(), StoreError> {

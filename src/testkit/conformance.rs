@@ -193,7 +193,7 @@ pub async fn an_upload_appears_when_completed(backend: &dyn Backend, scratch: &K
     assert_eq!(content(backend, &key).await, parts.concat());
     assert_eq!(backend.list(Some(scratch)).await.unwrap(), [object("object", 770_001)]);
 
-    let empty = backend.begin_upload(&below(scratch, "empty")).await.unwrap();
+    let mut empty = backend.begin_upload(&below(scratch, "empty")).await.unwrap();
     empty.complete().await.unwrap();
     assert_eq!(backend.stat(&below(scratch, "empty")).await.unwrap(), Some(0));
 }
@@ -203,7 +203,7 @@ pub async fn an_upload_refuses_a_taken_name(backend: &dyn Backend, scratch: &Key
     let (before, meanwhile) = (below(scratch, "before"), below(scratch, "meanwhile"));
     put(backend, &before, b"first").await;
     let refused = match backend.begin_upload(&before).await {
-        Ok(upload) => upload.complete().await,
+        Ok(mut upload) => upload.complete().await,
         Err(error) => Err(error),
     };
     assert_eq!(kind(refused), StoreErrorKind::AlreadyExists);

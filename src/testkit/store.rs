@@ -119,8 +119,8 @@ impl Upload for MemoryUpload {
         read_back(&self.body, &self.key, range)
     }
 
-    async fn complete(self: Box<Self>) -> Result<(), StoreError> {
-        self.store.put_new(&self.key, &[self.body.freeze()]).await
+    async fn complete(&mut self) -> Result<(), StoreError> {
+        self.store.put_new(&self.key, &[self.body.clone().freeze()]).await
     }
 
     async fn abort(self: Box<Self>) -> Result<(), StoreError> {
@@ -449,13 +449,13 @@ struct FaultyUpload {
     store: FaultyStore,
     key: Key,
     body: BytesMut,
-    /// An append failed or was dropped: what was written is unknown, so the upload cannot be completed.
+    /// An append was dropped: what was written is unknown, so the upload cannot be completed.
     broken: bool,
 }
 
 impl FaultyUpload {
     fn check(&self) -> Result<(), StoreError> {
-        let lost = || MemoryStore::error(StoreErrorKind::Unavailable, "store", &self.key);
+        let lost = || MemoryStore::error(StoreErrorKind::NotFound, "store", &self.key);
         if self.broken { Err(lost()) } else { Ok(()) }
     }
 }
@@ -466,8 +466,9 @@ impl Upload for FaultyUpload {
         self.store.count(|calls| calls.appends += 1);
         self.check()?;
         self.broken = true;
-        self.store.reach("store", &self.key).await?;
+        let reached = self.store.reach("store", &self.key).await;
         self.broken = false;
+        reached?;
         self.body.extend_from_slice(&part);
         Ok(())
     }
@@ -478,10 +479,9 @@ impl Upload for FaultyUpload {
         read_back(&self.body, &self.key, range)
     }
 
-    async fn complete(self: Box<Self>) -> Result<(), StoreError> {
+    async fn complete(&mut self) -> Result<(), StoreError> {
         self.check()?;
-        let FaultyUpload { store, key, body, .. } = *self;
-        store.put(&key, body.freeze()).await
+        self.store.put(&self.key, self.body.clone().freeze()).await
     }
 
     async fn abort(self: Box<Self>) -> Result<(), StoreError> {
