@@ -65,6 +65,8 @@ pub struct ClusterAgent {
     removed: Option<Removed>,
     /// Where it said so once: a standby that replaces a segment file may say so in passing.
     doubted: Option<Removed>,
+    /// Until it has streamed or waited once, a refusal ends it.
+    ends_when_refused: bool,
 }
 
 /// WAL that was asked for and is gone.
@@ -105,8 +107,16 @@ impl ClusterAgent {
             last_said: None,
             removed: None,
             doubted: None,
+            ends_when_refused: false,
         };
         (agent, watching)
+    }
+
+    /// Has it end when its configuration or its permissions are refused before it ever streamed: somebody is
+    /// starting it and wants to know.
+    pub fn ending_when_refused(mut self) -> ClusterAgent {
+        self.ends_when_refused = true;
+        self
     }
 
     /// Runs until told to stop, or until going on could damage the archive.
@@ -129,7 +139,7 @@ impl ClusterAgent {
                     continue;
                 }
                 Ok(Round::Reconnect) => self.failures = 0,
-                Err(failure) if failure.disposition == Disposition::Stop => {
+                Err(failure) if self.is_final(&failure) => {
                     self.status.send_modify(|status| {
                         status.state = State::Stopped;
                         status.failure = Some(failure.clone());
@@ -144,12 +154,21 @@ impl ClusterAgent {
         }
     }
 
+    fn is_final(&self, failure: &Failure) -> bool {
+        let is_refusal = matches!(failure.exit_code, ExitCode::Config | ExitCode::Permission);
+        match failure.disposition {
+            Disposition::Stop => true,
+            Disposition::Operator => self.ends_when_refused && is_refusal,
+            Disposition::Retry | Disposition::Reconnect => false,
+        }
+    }
+
     /// The same reason again is not said again, except every now and then.
     fn say(&mut self, failure: Failure) {
         const REPEAT_EVERY: u32 = 20;
         let text = failure.to_string();
         if self.last_said.as_ref() != Some(&text) || self.failures.is_multiple_of(REPEAT_EVERY) {
-            let hint = failure.hint.as_deref().unwrap_or_default();
+            let hint = failure.hint.as_deref();
             tracing::warn!(cluster = self.options.name, attempt = self.failures + 1, hint, "{text}");
             self.last_said = Some(text);
         }
@@ -176,8 +195,9 @@ impl ClusterAgent {
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
         let Prepared { connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
         let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
-        let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?
-        {
+        let turn = standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?;
+        self.ends_when_refused = false;
+        let epoch = match turn {
             standby::Turn::Ours(epoch) => {
                 self.epoch = Some((archive.lineage.clone(), epoch));
                 epoch
