@@ -9,6 +9,7 @@ pub mod session;
 pub mod slot;
 mod standby;
 pub mod startup;
+mod synchronous;
 pub mod world;
 
 use tokio::sync::watch;
