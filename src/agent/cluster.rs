@@ -14,6 +14,7 @@ use super::standby;
 use super::startup::{self, Server};
 use super::world::{ClusterOptions, World};
 use crate::archiver::ArchiveError;
+use crate::catalog::contents::segment_span;
 use crate::catalog::ledger::{FactKind, LedgerFact};
 use crate::catalog::store::Archive;
 use crate::error::{Disposition, ExitCode, Failure};
@@ -22,7 +23,7 @@ use crate::receiver::resume::Frontier;
 use crate::receiver::{ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
-use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, TimelineId};
+use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
 #[derive(Clone, Debug, Default)]
@@ -236,7 +237,7 @@ impl ClusterAgent {
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
-            Err(error) => return Err(self.stop_for_conflict(&archive, timeline, error).await),
+            Err(error) => return Err(self.stop_for_conflict(&archive, timeline, server.segment_size, error).await),
         }
         match ended.received {
             Ok(StreamEnd::Timeline(end)) => {
@@ -281,11 +282,18 @@ impl ClusterAgent {
         });
     }
 
-    async fn stop_for_conflict(&self, archive: &Archive, timeline: TimelineId, error: ArchiveError) -> Failure {
-        if matches!(error, ArchiveError::Conflict { .. }) {
+    async fn stop_for_conflict(
+        &self,
+        archive: &Archive,
+        timeline: TimelineId,
+        size: SegmentSize,
+        error: ArchiveError,
+    ) -> Failure {
+        if let ArchiveError::Conflict { name, .. } = &error {
+            let span = segment_span(*name, size).expect("named from a number");
             let fact = LedgerFact::new(FactKind::Conflict, self.world.clock.now(), error.to_string());
-            let fact = LedgerFact { timeline: Some(timeline), ..fact };
-            if let Err(failure) = archive.append_ledger(&fact, self.world.random_u32()).await {
+            let fact = fact.about(timeline, span.start, span.end);
+            if let Err(failure) = startup::record_once(&self.world, archive, fact).await {
                 tracing::error!(%failure, "the conflict could not be written to the ledger");
             }
         }
