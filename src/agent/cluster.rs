@@ -14,6 +14,7 @@ use super::standby;
 use super::startup::{self, Server};
 use super::world::{ClusterOptions, World};
 use crate::archiver::ArchiveError;
+use crate::catalog::contents::segment_span;
 use crate::catalog::ledger::{FactKind, LedgerFact};
 use crate::catalog::store::Archive;
 use crate::error::{Disposition, ExitCode, Failure};
@@ -22,7 +23,7 @@ use crate::receiver::resume::Frontier;
 use crate::receiver::{ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
-use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, TimelineId};
+use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
 #[derive(Clone, Debug, Default)]
@@ -65,6 +66,8 @@ pub struct ClusterAgent {
     removed: Option<Removed>,
     /// Where it said so once: a standby that replaces a segment file may say so in passing.
     doubted: Option<Removed>,
+    /// Until it has streamed or waited once, a refusal ends it.
+    ends_when_refused: bool,
 }
 
 /// WAL that was asked for and is gone.
@@ -105,8 +108,16 @@ impl ClusterAgent {
             last_said: None,
             removed: None,
             doubted: None,
+            ends_when_refused: false,
         };
         (agent, watching)
+    }
+
+    /// Has it end when its configuration or its permissions are refused before it ever streamed: somebody is
+    /// starting it and wants to know.
+    pub fn ending_when_refused(mut self) -> ClusterAgent {
+        self.ends_when_refused = true;
+        self
     }
 
     /// Runs until told to stop, or until going on could damage the archive.
@@ -129,7 +140,7 @@ impl ClusterAgent {
                     continue;
                 }
                 Ok(Round::Reconnect) => self.failures = 0,
-                Err(failure) if failure.disposition == Disposition::Stop => {
+                Err(failure) if self.is_final(&failure) => {
                     self.status.send_modify(|status| {
                         status.state = State::Stopped;
                         status.failure = Some(failure.clone());
@@ -144,12 +155,21 @@ impl ClusterAgent {
         }
     }
 
+    fn is_final(&self, failure: &Failure) -> bool {
+        let is_refusal = matches!(failure.exit_code, ExitCode::Config | ExitCode::Permission);
+        match failure.disposition {
+            Disposition::Stop => true,
+            Disposition::Operator => self.ends_when_refused && is_refusal,
+            Disposition::Retry | Disposition::Reconnect => false,
+        }
+    }
+
     /// The same reason again is not said again, except every now and then.
     fn say(&mut self, failure: Failure) {
         const REPEAT_EVERY: u32 = 20;
         let text = failure.to_string();
         if self.last_said.as_ref() != Some(&text) || self.failures.is_multiple_of(REPEAT_EVERY) {
-            let hint = failure.hint.as_deref().unwrap_or_default();
+            let hint = failure.hint.as_deref();
             tracing::warn!(cluster = self.options.name, attempt = self.failures + 1, hint, "{text}");
             self.last_said = Some(text);
         }
@@ -176,8 +196,9 @@ impl ClusterAgent {
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
         let Prepared { connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
         let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
-        let epoch = match standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?
-        {
+        let turn = standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?;
+        self.ends_when_refused = false;
+        let epoch = match turn {
             standby::Turn::Ours(epoch) => {
                 self.epoch = Some((archive.lineage.clone(), epoch));
                 epoch
@@ -217,7 +238,7 @@ impl ClusterAgent {
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
-            Err(error) => return Err(self.stop_for_conflict(&archive, timeline, error).await),
+            Err(error) => return Err(self.stop_for_conflict(&archive, timeline, server.segment_size, error).await),
         }
         match ended.received {
             Ok(StreamEnd::Timeline(end)) => {
@@ -262,11 +283,18 @@ impl ClusterAgent {
         });
     }
 
-    async fn stop_for_conflict(&self, archive: &Archive, timeline: TimelineId, error: ArchiveError) -> Failure {
-        if matches!(error, ArchiveError::Conflict { .. }) {
+    async fn stop_for_conflict(
+        &self,
+        archive: &Archive,
+        timeline: TimelineId,
+        size: SegmentSize,
+        error: ArchiveError,
+    ) -> Failure {
+        if let ArchiveError::Conflict { name, .. } = &error {
+            let span = segment_span(*name, size).expect("named from a number");
             let fact = LedgerFact::new(FactKind::Conflict, self.world.clock.now(), error.to_string());
-            let fact = LedgerFact { timeline: Some(timeline), ..fact };
-            if let Err(failure) = archive.append_ledger(&fact, self.world.random_u32()).await {
+            let fact = fact.about(timeline, span.start, span.end);
+            if let Err(failure) = startup::record_once(&self.world, archive, fact).await {
                 tracing::error!(%failure, "the conflict could not be written to the ledger");
             }
         }

@@ -9,15 +9,16 @@ pub mod session;
 pub mod slot;
 mod standby;
 pub mod startup;
+mod synchronous;
 pub mod world;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Disposition, ExitCode, Failure};
+use crate::error::{ExitCode, Failure};
 use crate::wal::Lsn;
-use cluster::{ClusterAgent, State, Status};
+use cluster::{ClusterAgent, Status};
 use world::{ClusterOptions, World};
 
 /// A cluster to serve, in its world.
@@ -28,22 +29,21 @@ pub struct Assignment {
 }
 
 /// Serves every cluster until `stop`, or until none is left. One failing never touches another; the last
-/// failure is what the process ends with.
+/// failure is what the process ends with, and said by whoever gets it.
 ///
 /// Where there is one cluster only, a refusal before it ever streamed ends the process too: somebody is starting it
 /// and wants to know. Later, or beside other clusters, it is tried again until the operator has acted.
 pub async fn run(clusters: Vec<Assignment>, stop: CancellationToken, until: Option<Lsn>) -> Result<(), Failure> {
     let is_alone = clusters.len() == 1;
-    let mut refusal = None;
     let mut running = JoinSet::new();
     for Assignment { world, options } in clusters {
         let name = options.name.clone();
-        let (agent, status) = ClusterAgent::new(world, options, stop.clone());
+        let (mut agent, status) = ClusterAgent::new(world, options, stop.clone());
         if let Some(until) = until {
-            tokio::spawn(stop_at(until, status.clone(), stop.clone()));
+            tokio::spawn(stop_at(until, status, stop.clone()));
         }
         if is_alone {
-            refusal = Some(tokio::spawn(stop_at_first_refusal(status, stop.clone())));
+            agent = agent.ending_when_refused();
         }
         running.spawn(async move { (name, agent.run().await) });
     }
@@ -52,39 +52,15 @@ pub async fn run(clusters: Vec<Assignment>, stop: CancellationToken, until: Opti
         match ended {
             Ok((_, Ok(()))) => {}
             Ok((cluster, Err(failure))) => {
-                let hint = failure.hint.as_deref().unwrap_or_default();
-                tracing::error!(cluster, hint, "stopped: {failure}");
+                if !running.is_empty() {
+                    tracing::error!(cluster, hint = failure.hint.as_deref(), "stopped: {failure}");
+                }
                 result = Err(failure.context(format_args!("cluster {cluster}")));
             }
             Err(error) => result = Err(Failure::new(ExitCode::Internal, format!("a cluster's task failed: {error}"))),
         }
     }
-    match refusal {
-        Some(watching) if result.is_ok() => match watching.await {
-            Ok(Some(failure)) => Err(failure),
-            _ => result,
-        },
-        _ => result,
-    }
-}
-
-/// Stops the agent when its configuration or its permissions are refused before it ever streamed.
-async fn stop_at_first_refusal(mut status: watch::Receiver<Status>, stop: CancellationToken) -> Option<Failure> {
-    loop {
-        let Status { state, failure, .. } = status.borrow_and_update().clone();
-        if matches!(state, State::Streaming | State::Waiting) {
-            return None;
-        }
-        let refused = |failure: &Failure| {
-            failure.disposition == Disposition::Operator
-                && matches!(failure.exit_code, ExitCode::Config | ExitCode::Permission)
-        };
-        if let Some(failure) = failure.filter(refused) {
-            stop.cancel();
-            return Some(failure);
-        }
-        status.changed().await.ok()?;
-    }
+    result
 }
 
 /// Stops the agent once everything up to `until` is durable.

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::sentinel::Sentinel;
+use super::synchronous;
 use super::world::{ClusterOptions, World};
 use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
 use crate::catalog::DirectoryContents;
@@ -99,8 +100,15 @@ pub async fn run(
     let sentinel = Sentinel::new(world.clone(), address, watched.clone(), patience, server_stopping.clone());
     let sentinel = AbortOnDropHandle::new(tokio::spawn(sentinel.run()));
 
+<<<<<<< HEAD
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
+=======
+    let warning = synchronous::warn(world.clone(), options.clone(), assignment.address.clone());
+    let warning = AbortOnDropHandle::new(tokio::spawn(warning));
+
+    let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
+>>>>>>> faults
     let wiring = Wiring {
         pieces,
         progress: watched.progress.clone(),
@@ -113,7 +121,7 @@ pub async fn run(
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
     let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring).run().await;
     // A stopping server waits for every walsender's connection, whatever the archiver still has to do.
-    drop((connection, sentinel));
+    drop((connection, sentinel, warning));
 
     // The receiver is gone and its channel closed: the archiver stores what it was given and ends. At the end of
     // a timeline that may take as long as the store needs; otherwise as long as a stop may take.

@@ -7,7 +7,7 @@ use super::world::World;
 use crate::error::{ExitCode, Failure};
 use crate::postgres::Purpose;
 use crate::postgres::sql::{self, SlotRow};
-use crate::replication::{Connection, Login, SlotName, SlotReading};
+use crate::replication::{Address, Connection, Login, SlotName, SlotReading};
 use crate::wal::Lsn;
 
 /// A slot as it was found.
@@ -58,10 +58,15 @@ pub async fn find(
 
 /// The slot's row, from an SQL session on the server the walsender runs on.
 pub async fn row_of(world: &World, login: &Login, slot: &SlotName, major: u32) -> Result<Option<SlotRow>, Failure> {
-    let logins = world.logins.logins(Purpose::Sql)?;
-    let same_server = logins.into_iter().find(|other| other.address == login.address);
-    let login = same_server.ok_or_else(|| Failure::new(ExitCode::Internal, "no SQL login for this host"))?;
+    let login = sql_login(world, &login.address)?;
     sql::read_slot(world.dialer.as_ref(), &login, slot, major).await
+}
+
+/// For a session on the server a walsender runs on.
+pub fn sql_login(world: &World, address: &Address) -> Result<Login, Failure> {
+    let logins = world.logins.logins(Purpose::Sql)?;
+    let same_server = logins.into_iter().find(|other| other.address == *address);
+    same_server.ok_or_else(|| Failure::new(ExitCode::Internal, "no SQL login for this host"))
 }
 
 fn judge(slot: &SlotName, row: Option<SlotRow>) -> Result<Found, Failure> {

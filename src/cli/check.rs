@@ -281,6 +281,11 @@ fn synchronous(facts: &ServerFacts) -> Check {
             format!("commits wait for this archive ({state})"),
             "if that is not wanted, name the standbys in synchronous_standby_names",
         ),
+        Some("potential") => Check::warning(
+            WHAT,
+            "commits come to wait for this archive when another standby is gone (potential)",
+            "if that is not wanted, name the standbys in synchronous_standby_names",
+        ),
         _ if names.contains('*') => Check::warning(
             WHAT,
             format!("synchronous_standby_names = '{names}' matches everybody: this archive too becomes one"),

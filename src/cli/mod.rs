@@ -102,7 +102,7 @@ fn run(cli: &Cli) -> u8 {
                 Command::WalGet(_) => ERROR_EXIT_CODE,
                 _ => failure.exit_code as u8,
             };
-            output::failure(&failure, code, global.json);
+            output::failure(&failure, code, global.log_format.into(), global.json);
             code
         }
     }

@@ -4,10 +4,12 @@
 use std::io::Write;
 
 use comfy_table::{ContentArrangement, Table, presets};
+use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json;
 
 use crate::error::Failure;
+use crate::telemetry::LogFormat;
 
 /// The version of every JSON answer.
 pub const SCHEMA: u32 = 1;
@@ -39,14 +41,43 @@ pub fn note(words: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{words}");
 }
 
-/// An error: words on standard error; with `--json` also as an object on standard output.
-pub fn failure(failure: &Failure, code: u8, as_json: bool) {
-    note(format_args!("error: {}", failure.message));
-    if let Some(hint) = &failure.hint {
-        note(format_args!("hint: {hint}"));
+/// An error: on standard error, as the log looks; with `--json` also as an object on standard output.
+pub fn failure(failure: &Failure, code: u8, log_format: LogFormat, as_json: bool) {
+    match log_format {
+        LogFormat::Text => {
+            note(format_args!("error: {}", failure.message));
+            if let Some(hint) = &failure.hint {
+                note(format_args!("hint: {hint}"));
+            }
+        }
+        // Whatever the log's filter: this line is said.
+        LogFormat::Json => note(LastLine {
+            timestamp: Timestamp::now(),
+            level: "ERROR",
+            message: &failure.message,
+            hint: failure.hint.as_deref(),
+            exit_code: code,
+        }),
     }
     if as_json {
         failure_json(failure, code);
+    }
+}
+
+/// The error a process ends with, among the log's lines.
+#[derive(Debug, Serialize)]
+struct LastLine<'a> {
+    timestamp: Timestamp,
+    level: &'static str,
+    message: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hint: Option<&'a str>,
+    exit_code: u8,
+}
+
+impl std::fmt::Display for LastLine<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&serde_json::to_string(self).map_err(|_| std::fmt::Error)?)
     }
 }
 

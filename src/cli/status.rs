@@ -16,7 +16,7 @@ use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
 use crate::repository::Backend;
 use crate::repository::layout::Lineage;
-use crate::wal::{Lsn, SystemId};
+use crate::wal::{Lsn, Proof, SystemId};
 
 /// A loss of more than this, while the agent streams, is worth a word: a tail's upload starts after seconds.
 const RPO_SECONDS_MAX: f64 = 60.0;
@@ -151,8 +151,14 @@ fn add_server(status: &mut ClusterStatus, facts: &ServerFacts) {
             status.state = Some("streaming");
             status.received_lsn = sender.write_lsn;
             status.acknowledged_lsn = sender.flush_lsn.filter(|lsn| *lsn != Lsn::ZERO);
-            if let Some(kind @ ("sync" | "quorum")) = sender.sync_state.as_deref() {
-                status.finding(Health::Degraded, format!("it is a synchronous standby ({kind}): commits wait for it"));
+            match sender.sync_state.as_deref() {
+                Some(kind @ ("sync" | "quorum")) => status
+                    .finding(Health::Degraded, format!("it is a synchronous standby ({kind}): commits wait for it")),
+                Some("potential") => status.finding(
+                    Health::Degraded,
+                    "it is a potential synchronous standby: commits wait for it when another one is gone",
+                ),
+                _ => {}
             }
         }
         None if slot.active => status.state = Some("streaming"),
@@ -180,6 +186,8 @@ struct Stored {
     frontier: Option<Run>,
     open_gaps: usize,
     conflicts: usize,
+    /// The newest segment is of a WAL format this program cannot read: stored, but not checked.
+    is_unproven: bool,
 }
 
 /// Looks at the newest lineage: the server's, where it is known.
@@ -199,6 +207,8 @@ async fn look(
     let catalog = Archive::new(backend.clone(), lineage.clone()).load_catalog().await?;
     let newest = catalog.timelines.keys().next_back().copied().unwrap_or(catalog.file.start_timeline);
     let gaps = continuity::gaps(&catalog);
+    let of_newest = catalog.timelines.get(&newest).into_iter().flatten();
+    let newest_entry = of_newest.filter_map(|directory| directory.entries.values().next_back()).next_back();
     let directories = catalog.timelines.values().flatten();
     Ok(Some(Stored {
         lineage,
@@ -206,6 +216,7 @@ async fn look(
         frontier: continuity::runs(newest, catalog.pieces(newest)).pop(),
         open_gaps: gaps.iter().filter(|gap| gap.state == GapState::Open).count(),
         conflicts: directories.map(|directory| directory.conflicts.len() + directory.disputed.len()).sum(),
+        is_unproven: newest_entry.is_some_and(|entry| entry.summary.proof == Proof::Unproven),
     }))
 }
 
@@ -234,6 +245,10 @@ fn add_repository(status: &mut ClusterStatus, name: &str, stored: Result<Option<
             if stored.conflicts > 0 {
                 let text = format!("{} segment(s) with two different contents: see the ledger", stored.conflicts);
                 status.finding(Health::Failing, text);
+            }
+            if stored.is_unproven {
+                let text = "unproven: the WAL is stored as it came; this seawall cannot read the format of its pages";
+                status.finding(Health::Degraded, text);
             }
             if stored.frontier.is_none() {
                 status.finding(Health::Degraded, "nothing is durable yet");

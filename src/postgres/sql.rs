@@ -1,6 +1,6 @@
 //! Owns: the questions asked in SQL, each in a session of its own that ends with its answer: an open one would
 //! block a smart shutdown.
-//! Does not own: what follows from the answers (`agent/slot.rs`, `cli/check.rs`).
+//! Does not own: what follows from the answers (`agent/slot.rs`, `agent/synchronous.rs`, `cli/check.rs`).
 
 use crate::error::Failure;
 use crate::replication::{Connection, Dial, Login, QueryResult, SlotName};
@@ -58,4 +58,15 @@ pub async fn read_slot(
         safe_wal_bytes: text(4).and_then(|bytes| bytes.parse().ok()),
         invalidation_reason: text(5),
     }))
+}
+
+/// What the walsender on `slot` is to the server's commits: `async`, `potential`, `sync`, `quorum`; `None` where there
+/// is none, or the role may not see it.
+pub async fn read_sync_state(dialer: &dyn Dial, login: &Login, slot: &SlotName) -> Result<Option<String>, Failure> {
+    // The name is `[a-z0-9_]` only: nothing in it needs quoting.
+    let query = format!(
+        "SELECT s.sync_state FROM pg_catalog.pg_stat_replication s \
+         JOIN pg_catalog.pg_replication_slots r ON r.active_pid = s.pid WHERE r.slot_name = '{slot}'"
+    );
+    Ok(ask(dialer, login, &query).await?.text(0, 0).map(str::to_string))
 }

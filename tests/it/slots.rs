@@ -4,7 +4,7 @@
 use seawall::catalog::ledger::FactKind;
 use seawall::wal::Lsn;
 
-use crate::support::agent;
+use crate::support::agent::{self, Agent};
 use crate::support::on_every_major;
 use crate::support::postgres::Server;
 use crate::support::process::eventually;
@@ -19,7 +19,7 @@ fn small(major: u32) -> crate::support::postgres::Builder {
 }
 
 /// Stops the agent in good order: exit 0, and the slot is exactly where the archive ends.
-fn stop(rig: &Rig, mut agent: crate::support::agent::Agent) -> Lsn {
+fn stop(rig: &Rig, mut agent: Agent) -> Lsn {
     let status = agent.terminate(PATIENCE);
     assert!(status.success(), "{status}");
     let durable = rig.durable();
@@ -166,9 +166,19 @@ fn a_logical_slot_of_that_name_is_refused(major: u32) {
     let rig = Rig::new(small(major).setting("wal_level", "logical").start());
     rig.server.sql("select pg_create_logical_replication_slot('seawall', 'pgoutput')");
     let before = rig.slot();
-    let mut agent = rig.start();
-    agent.wait_for_log("slot seawall is a logical slot", PATIENCE);
+    let config = rig.config("seawall");
+    let mut agent = Agent::start(["run", "--log-format", "json", "--config", config.to_str().expect("UTF-8")]);
+    assert_eq!(agent.wait(PATIENCE).code(), Some(78));
     assert_eq!(rig.slot(), before, "it is somebody else's");
     assert!(rig.try_archive().is_none(), "nothing was created");
-    assert_eq!(agent.wait(PATIENCE).code(), Some(78));
+
+    let log = agent.stderr();
+    let lines = log.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("not JSON: {line}")));
+    let lines: Vec<serde_json::Value> = lines.collect();
+    let says = |line: &&serde_json::Value| line["message"].as_str().is_some_and(|text| text.contains("logical slot"));
+    let said: Vec<_> = lines.iter().filter(says).collect();
+    assert_eq!(said.len(), 1, "a refusal is said once:\n{log}");
+    assert_eq!(said[0]["hint"], "choose another name for `slot`");
+    assert_eq!((&said[0]["level"], &said[0]["exit_code"]), (&"ERROR".into(), &78.into()));
+    assert!(lines.iter().all(|line| line["hint"] != ""), "no hint is no field:\n{log}");
 }
