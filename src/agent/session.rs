@@ -100,15 +100,10 @@ pub async fn run(
     let sentinel = Sentinel::new(world.clone(), address, watched.clone(), patience, server_stopping.clone());
     let sentinel = AbortOnDropHandle::new(tokio::spawn(sentinel.run()));
 
-<<<<<<< HEAD
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
-=======
     let warning = synchronous::warn(world.clone(), options.clone(), assignment.address.clone());
     let warning = AbortOnDropHandle::new(tokio::spawn(warning));
-
-    let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone());
->>>>>>> faults
     let wiring = Wiring {
         pieces,
         progress: watched.progress.clone(),
@@ -121,7 +116,11 @@ pub async fn run(
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
     let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring).run().await;
     // A stopping server waits for every walsender's connection, whatever the archiver still has to do.
-    drop((connection, sentinel, warning));
+    drop((sentinel, warning));
+    match &received {
+        Ok(_) => connection.close().await,
+        Err(_) => drop(connection),
+    }
 
     // The receiver is gone and its channel closed: the archiver stores what it was given and ends. At the end of
     // a timeline that may take as long as the store needs; otherwise as long as a stop may take.
