@@ -55,7 +55,8 @@ pub async fn run(clusters: Vec<Assignment>, stop: CancellationToken, until: Opti
                 if !running.is_empty() {
                     tracing::error!(cluster, hint = failure.hint.as_deref(), "stopped: {failure}");
                 }
-                result = Err(failure.context(format_args!("cluster {cluster}")));
+                // Where there is one only, its name says nothing.
+                result = Err(if is_alone { failure } else { failure.context(format_args!("cluster {cluster}")) });
             }
             Err(error) => result = Err(Failure::new(ExitCode::Internal, format!("a cluster's task failed: {error}"))),
         }

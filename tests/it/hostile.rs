@@ -12,6 +12,7 @@ use seawall::codec::{EncodedFrame, Encoder, LEVEL_DEFAULT, decode};
 use seawall::error::{Disposition, ExitCode};
 use seawall::repository::{Key, layout};
 use seawall::testkit::store::{FaultyStore, MemoryStore};
+use seawall::testkit::walsender::ModelSlot;
 use seawall::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
 
 use crate::support::agent;
@@ -86,6 +87,9 @@ fn a_clone_with_other_wal_is_refused() {
         let mut clone = Model::new();
         clone.write(1_500_000, 1);
         clone.write(900_000, 3);
+        // With a slot copied as it was, every position that the archive holds could be reported on it.
+        let slot = ModelSlot { restart_lsn: Some(clone.wal.start()), ..ModelSlot::default() };
+        clone.server.with(|state| state.slots.insert("seawall".into(), slot));
         let failure = clone.agent("seawall", &store).wait_end().await;
         assert_eq!((failure.exit_code, failure.disposition), (ExitCode::Data, Disposition::Stop), "{failure}");
         assert_eq!(wal_objects(store.memory()), before, "the first one's archive is unharmed");
