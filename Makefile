@@ -21,7 +21,8 @@ bench: ## micro-benchmarks: scan, encode, receive path
 
 compare: servers ## side by side with pg_receivewal and zstd on a real server (SIZE_GIB, PAIRS, CORPORA)
 	$(CARGO) build --locked --release
-	benches/compare
+	PIN=1 benches/compare
+	PIN=0 benches/compare
 
 servers: ## PostgreSQL 13 to 18 for the tests, into target/servers
 	tests/servers/install

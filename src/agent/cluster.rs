@@ -80,7 +80,7 @@ struct Removed {
 
 /// What one round of connecting and streaming came to.
 enum Round {
-    /// Go on at once on the same connection: the next timeline.
+    /// The timeline ended: go on with the next at once.
     NextTimeline,
     /// Connect anew; the stream had worked.
     Reconnect,
@@ -196,6 +196,7 @@ impl ClusterAgent {
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
         let Prepared { connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
         let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
+        let durable_before = frontier.stored().record_end;
         let turn = standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?;
         self.ends_when_refused = false;
         let epoch = match turn {
@@ -229,12 +230,16 @@ impl ClusterAgent {
                 status.failure = None;
             });
         };
-        self.failures = 0;
-        self.last_said = None;
+        let began = tokio::time::Instant::now();
         let ended =
             session::run(&self.world, &self.options, &archive, connection, assignment, self.stop.clone(), watching)
                 .await;
         self.remember_acknowledged();
+        // One that ends as soon as it begins is a failure like others: with growing pauses, said once.
+        if began.elapsed() >= Self::DELAY_MAX || self.status.borrow().acknowledged > durable_before {
+            self.failures = 0;
+            self.last_said = None;
+        }
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}

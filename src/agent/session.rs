@@ -21,8 +21,9 @@ use crate::replication::{Address, Connection};
 use crate::repository::layout::{Epoch, WalDirectory};
 use crate::wal::{Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
 
-/// Pieces between receiver and encoder: each may hold a raw frame of 1 MiB. More would only be memory.
-const PIECES_MAX: usize = 2;
+/// Pieces between receiver and encoder: each may hold a raw frame of 1 MiB. Fewer, and reading stops and starts
+/// with the encoder's every frame; more would only be memory.
+const PIECES_MAX: usize = 6;
 /// Encoded pieces on their way to an archiver, which takes them at once: they count against the budget.
 const ENCODED_MAX: usize = 8;
 
