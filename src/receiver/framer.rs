@@ -37,8 +37,8 @@ impl Drop for RawFrame {
 struct BufferPool(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl BufferPool {
-    /// More would only matter if more frames than this were in the encoder at once.
-    const KEPT_MAX: usize = 4;
+    /// As many as can be on their way between here and the encoder.
+    const KEPT_MAX: usize = 10;
 
     fn take(&self) -> Vec<u8> {
         let kept = self.0.lock().expect("no holder of the pool panics").pop();
