@@ -7,7 +7,7 @@ CARGO ?= cargo
 help: ## what can be made
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
-demo: servers ## a scratch server: stream, back up, have an accident, restore to just before it
+demo: servers ## a scratch server: stream, crash the agent, destroy the server, recover to the last commit
 	$(CARGO) build --locked --release
 	target/release/seawall demo
 
