@@ -91,7 +91,7 @@ impl Watchdog {
     fn over(seed: u64) -> Watchdog {
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            let limit = Duration::from_secs(std::env::var("WD").ok().and_then(|t| t.parse().ok()).unwrap_or(120));
+            let limit = Duration::from_secs(120);
             if waiting.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("seed {seed} stands still; replay with: SEAWALL_SEED={seed} cargo test --test it simulation");
                 std::process::exit(101);
