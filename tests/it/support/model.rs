@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use seawall::agent::cluster::{ClusterAgent, State, Status};
-use seawall::agent::world::{ClusterOptions, LoginSource, World};
+use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
 use seawall::catalog::ledger::{FactKind, LedgerFact};
 use seawall::catalog::store::{self, Archive};
 use seawall::error::Failure;
-use seawall::postgres::{Purpose, TargetSessionAttrs};
 use seawall::receiver::Clock;
-use seawall::replication::{Address, Login, SessionKind, SlotName, SslMode};
+use seawall::replication::SlotName;
+use seawall::testkit::logins::ModelLogins;
 use seawall::testkit::store::{FaultyStore, MemoryStore};
 use seawall::testkit::wal_writer::WalWriter;
 use seawall::testkit::walsender::ModelServer;
@@ -32,35 +32,6 @@ const EPOCH: i64 = 1_767_225_600;
 pub fn on_virtual_time(test: impl Future<Output = ()>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     runtime.expect("a runtime needs nothing of the machine").block_on(test);
-}
-
-#[derive(Debug)]
-struct ModelLogins;
-
-impl LoginSource for ModelLogins {
-    fn logins(&self, purpose: Purpose) -> Result<Vec<Login>, Failure> {
-        let kind = match purpose {
-            Purpose::Physical => SessionKind::Physical,
-            Purpose::Sql => SessionKind::Sql { database: "postgres".into() },
-        };
-        Ok(vec![Login {
-            address: Address::Tcp { host: "model".into(), ip: None, port: 5432 },
-            ssl_mode: SslMode::Disable,
-            user: "seawall".into(),
-            password: None,
-            kind,
-            application_name: "seawall".into(),
-            options: String::new(),
-            connect_timeout: Duration::from_secs(10),
-            answer_timeout: Duration::from_secs(30),
-            keepalive: None,
-            tcp_user_timeout: None,
-        }])
-    }
-
-    fn wanted(&self) -> TargetSessionAttrs {
-        TargetSessionAttrs::Any
-    }
 }
 
 /// A primary and what it writes.
