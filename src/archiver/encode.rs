@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesOrdered, FuturesUnordered};
@@ -12,19 +13,45 @@ use tokio::sync::mpsc;
 use super::workers::Workers;
 use crate::codec::EncodedFrame;
 use crate::receiver::{Cut, MemoryBudget, MemoryHold, Piece, RawFrame, Sealed};
+use crate::repository::StoreError;
 use crate::wal::Lsn;
 
-/// A whole frame, encoded; it counts against the memory budget as long as anybody holds it.
+/// A whole frame, encoded: what it is, and where its bytes are. Shared by the archivers of all repositories; its
+/// bytes count against the memory budget as long as anybody holds them there.
 #[derive(Debug)]
 pub struct HeldFrame {
     pub start: Lsn,
-    pub frame: EncodedFrame,
+    pub raw_bytes: u64,
+    /// CRC-32 (IEEE) of the raw bytes.
+    pub raw_crc32: u32,
+    pub stored_bytes: u64,
+    /// CRC-32 (IEEE) of the encoded bytes.
+    pub stored_crc32: u32,
+    bytes: Bytes,
     _hold: MemoryHold,
 }
 
 impl HeldFrame {
+    pub fn new(start: Lsn, frame: EncodedFrame, memory: &MemoryBudget) -> HeldFrame {
+        let stored_bytes = frame.bytes.len() as u64;
+        HeldFrame {
+            start,
+            raw_bytes: frame.raw_bytes as u64,
+            raw_crc32: frame.raw_crc32,
+            stored_bytes,
+            stored_crc32: frame.stored_crc32,
+            bytes: frame.bytes,
+            _hold: memory.hold(stored_bytes),
+        }
+    }
+
     pub fn end(&self) -> Lsn {
-        self.start + self.frame.raw_bytes as u64
+        self.start + self.raw_bytes
+    }
+
+    /// The encoded bytes.
+    pub async fn load(&self) -> Result<Bytes, StoreError> {
+        Ok(self.bytes.clone())
     }
 }
 
@@ -78,6 +105,5 @@ fn encode(piece: Piece, workers: Workers, memory: MemoryBudget) -> BoxFuture<'st
 async fn encode_frame(raw: RawFrame, workers: Workers, memory: MemoryBudget) -> Encoded {
     let start = raw.start;
     let frame = workers.run(move |encoder| encoder.encode(raw.bytes())).await;
-    let hold = memory.hold(frame.bytes.len() as u64);
-    Encoded::Frame(Arc::new(HeldFrame { start, frame, _hold: hold }))
+    Encoded::Frame(Arc::new(HeldFrame::new(start, frame, &memory)))
 }

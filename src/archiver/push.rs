@@ -15,8 +15,8 @@ use super::writer::{ArchiveError, Delays, Writer, is_answer};
 use crate::catalog::index::{Crc32, IndexEntry};
 use crate::catalog::store::StoredObject;
 use crate::receiver::{Cut, Sealed};
-use crate::repository::StoreErrorKind;
 use crate::repository::layout::TailName;
+use crate::repository::{StoreError, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SegmentSize};
 
 use super::tail::TailPlan;
@@ -57,7 +57,10 @@ async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) ->
     let key = writer.archive.lineage.segment(name);
     let held = segment.held_frames();
     let Some(upload) = &segment.upload else {
-        let body: Vec<Bytes> = held.iter().map(|held| held.frame.bytes.clone()).collect();
+        let mut body: Vec<Bytes> = Vec::with_capacity(held.len());
+        for frame in &held {
+            body.push(writer.call_once(frame.load()).await?);
+        }
         return writer.retry(|| writer.archive.backend.put_new(&key, &body)).await;
     };
     // A name that is taken is better known before the upload is spent on it: a conflict is kept from it.
@@ -88,9 +91,10 @@ pub async fn append_to_upload(
     let mut upload = upload.lock().await;
     let open = upload.as_mut().ok_or_else(|| upload_gone(start))?;
     for held in frames {
+        let bytes = writer.call_once(held.load()).await?;
         let mut delays = Delays::new();
         loop {
-            match writer.call_once(open.append(held.frame.bytes.clone())).await {
+            match writer.call_once(open.append(bytes.clone())).await {
                 Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
                 Err(error) => return Err(error),
                 Ok(()) => break,
@@ -168,11 +172,6 @@ pub async fn push_tail(
     }
 }
 
-fn already_exists(location: &str) -> crate::repository::StoreError {
-    crate::repository::StoreError {
-        kind: StoreErrorKind::AlreadyExists,
-        operation: "store",
-        location: location.to_string(),
-        cause: "the name is taken".into(),
-    }
+fn already_exists(location: &str) -> StoreError {
+    StoreError::new(StoreErrorKind::AlreadyExists, "store", location, "the name is taken")
 }

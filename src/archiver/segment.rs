@@ -49,14 +49,14 @@ impl Slot {
 
     fn raw_crc32(&self) -> (u32, u64) {
         match self {
-            Slot::Held(held) => (held.frame.raw_crc32, held.frame.raw_bytes as u64),
+            Slot::Held(held) => (held.raw_crc32, held.raw_bytes),
             Slot::Moved { raw_crc32, raw_bytes, .. } => (*raw_crc32, *raw_bytes),
         }
     }
 
     fn stored_crc32(&self) -> (u32, u64) {
         match self {
-            Slot::Held(held) => (held.frame.stored_crc32, held.frame.bytes.len() as u64),
+            Slot::Held(held) => (held.stored_crc32, held.stored_bytes),
             Slot::Moved { stored_crc32, stored_bytes, .. } => (*stored_crc32, *stored_bytes),
         }
     }
@@ -175,7 +175,7 @@ impl Segment {
 
     pub async fn encoded(&self, slot: &Slot) -> Result<Bytes, StoreError> {
         match slot {
-            Slot::Held(held) => Ok(held.frame.bytes.clone()),
+            Slot::Held(held) => held.load().await,
             Slot::Moved { offset, stored_bytes, .. } => {
                 let upload = self.upload.as_ref().expect("frames move only into an upload");
                 let mut upload = upload.lock().await;
@@ -193,20 +193,10 @@ fn combined(parts: impl Iterator<Item = (u32, u64)>) -> u32 {
 }
 
 fn damaged_frame(start: Lsn, error: &dyn std::error::Error) -> StoreError {
-    StoreError {
-        kind: StoreErrorKind::Corrupt,
-        operation: "read back",
-        location: format!("the frame at {start}"),
-        cause: error.to_string(),
-    }
+    StoreError::new(StoreErrorKind::Corrupt, "read back", format!("the frame at {start}"), error.to_string())
 }
 
 /// The upload was completed or given up meanwhile: whoever still reads it is no longer needed.
 pub fn upload_gone(start: Lsn) -> StoreError {
-    StoreError {
-        kind: StoreErrorKind::NotFound,
-        operation: "read back",
-        location: format!("the segment at {start}"),
-        cause: "its upload has ended".into(),
-    }
+    StoreError::new(StoreErrorKind::NotFound, "read back", format!("the segment at {start}"), "its upload has ended")
 }

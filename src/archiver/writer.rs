@@ -149,12 +149,11 @@ impl Writer {
         };
         let result = match called {
             Ok(answered) => answered.map_err(Into::into),
-            Err(_) => Err(ArchiveError::Store(StoreError {
-                kind: StoreErrorKind::Unavailable,
-                operation: "use",
-                location: self.archive.backend.describe(),
-                cause: format!("no answer within {:?}", Self::CALL_DEADLINE),
-            })),
+            Err(_) => {
+                let cause = format!("no answer within {:?}", Self::CALL_DEADLINE);
+                let location = self.archive.backend.describe();
+                Err(ArchiveError::Store(StoreError::new(StoreErrorKind::Unavailable, "use", location, cause)))
+            }
         };
         match &result {
             Ok(_) => self.health.handle_success(),

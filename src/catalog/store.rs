@@ -505,7 +505,7 @@ impl Archive {
         let missing = || CatalogError::Missing { object: location.clone() };
         let corrupt = |error: DecodeError| {
             let (kind, cause) = (StoreErrorKind::Corrupt, error.to_string());
-            CatalogError::Store(StoreError { kind, operation: "read", location: location.clone(), cause })
+            CatalogError::Store(StoreError::new(kind, "read", location.clone(), cause))
         };
         let stored_bytes = self.backend.stat(&key).await?.ok_or_else(missing)?;
         let mut decoder = FrameDecoder::new(size.bytes()).map_err(corrupt)?;

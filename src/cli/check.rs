@@ -360,10 +360,12 @@ fn clock(facts: &ServerFacts, now: Timestamp) -> Option<Check> {
 async fn repository_checks(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Vec<Check> {
     let mut checks = vec![contents(cluster, world, system_id).await];
     checks.push(match probe(&world.backend, world.random_u32()).await {
-        Ok(()) => Check::ok("repository writable", format!("{} stores, reads and deletes", cluster.repository.url)),
+        Ok(()) => {
+            Check::ok("repository writable", format!("{} stores, reads and deletes", cluster.repositories[0].url))
+        }
         Err(failure) => Check::failed("repository writable", failure),
     });
-    checks.extend(free_space(&cluster.repository.location));
+    checks.extend(free_space(&cluster.repositories[0].location));
     checks
 }
 
@@ -415,7 +417,7 @@ async fn probe(backend: &Arc<dyn Backend>, random: u32) -> Result<(), Failure> {
 }
 
 fn free_space(location: &Location) -> Option<Check> {
-    let Location::Local(path) = location;
+    let Location::Local(path) = location else { return None };
     let found = rustix::fs::statvfs(path).ok()?;
     let free = found.f_bavail.saturating_mul(found.f_frsize);
     let text = format!("{} on the repository's volume", output::size(free));
@@ -434,7 +436,7 @@ fn restore_path(cluster: &ClusterConfig) -> Check {
     const WHAT: &str = "restore path";
     match std::env::current_exe() {
         Ok(path) => {
-            let repository = &cluster.repository.url;
+            let repository = &cluster.repositories[0].url;
             let name = &cluster.name;
             let command = format!("{} --repository {repository} --cluster {name} wal-get %f %p", path.display());
             Check::ok(WHAT, format!("restore_command = '{command}'"))

@@ -60,7 +60,7 @@ pub fn run(global: &Global, args: &GapsArgs) -> Result<Verdict, Failure> {
 async fn find(archives: &[ArchiveConfig]) -> Result<Vec<ShownGap>, Failure> {
     let mut found = Vec::new();
     for config in archives {
-        let backend: Arc<dyn Backend> = Arc::new(setup::backend(&config.repository));
+        let backend: Arc<dyn Backend> = setup::backend(&config.repositories[0]);
         for archive in lineages(&backend, &config.cluster).await? {
             let catalog = archive.load_catalog().await?;
             let lineage = archive.lineage.directory_name();

@@ -3,6 +3,7 @@
 //! Does not own: when the agent begins one by itself (`agent/startup.rs`), which it does where that is safe.
 
 use std::net::{IpAddr, ToSocketAddrs, UdpSocket};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -19,7 +20,7 @@ use crate::error::{ExitCode, Failure};
 use crate::postgres::{Purpose, SystemEnvironment, connect};
 use crate::replication::{Address, Connection, Login, SystemIdentity};
 use crate::repository::layout::Lineage;
-use crate::repository::{LocalBackend, StoreErrorKind};
+use crate::repository::{Backend, StoreErrorKind};
 use crate::wal::{Lsn, SystemId};
 
 /// What `init` shows where nothing is configured yet.
@@ -242,11 +243,11 @@ struct Met {
 async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failure> {
     let world = setup::world(cluster, Workers::inline());
     let options = setup::options(cluster)?;
-    let backend = setup::backend(&cluster.repository);
+    let backend = setup::backend(&cluster.repositories[0]);
     let mut met = meet(&world, &options).await?;
-    let had_repository = has_repository(&backend).await?;
+    let had_repository = has_repository(backend.as_ref()).await?;
     let had_lineages = match had_repository {
-        true => store::lineages(&backend, &options.name).await?,
+        true => store::lineages(backend.as_ref(), &options.name).await?,
         false => Vec::new(),
     };
     let (archive, file) = match (args.new_lineage, args.create) {
@@ -261,7 +262,7 @@ async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failur
     let created = [("repository", !had_repository), ("lineage", lineage_is_new), ("slot", slot_created)].into_iter();
     Ok(Begun {
         cluster: options.name.clone(),
-        repository: cluster.repository.url.clone(),
+        repository: cluster.repositories[0].url.clone(),
         lineage: archive.lineage.directory_name(),
         start_timeline: file.start_timeline.0,
         start_lsn: file.start_lsn,
@@ -279,7 +280,7 @@ async fn meet(world: &World, options: &ClusterOptions) -> Result<Met, Failure> {
     Ok(Met { connection, login, server, found })
 }
 
-async fn has_repository(backend: &LocalBackend) -> Result<bool, Failure> {
+async fn has_repository(backend: &dyn Backend) -> Result<bool, Failure> {
     match store::read_repository(backend).await {
         Err(store::CatalogError::Store(error)) if error.is(StoreErrorKind::RootMissing) => Ok(false),
         read => Ok(read?.is_some()),
@@ -290,7 +291,7 @@ async fn has_repository(backend: &LocalBackend) -> Result<bool, Failure> {
 async fn adopt(
     world: &World,
     options: &ClusterOptions,
-    backend: &LocalBackend,
+    backend: &Arc<dyn Backend>,
     met: &mut Met,
     had: &[(Lineage, LineageFile)],
 ) -> Result<(Archive, LineageFile), Failure> {
@@ -308,7 +309,7 @@ async fn adopt(
     let start = held_from.max(begin).min(server.identity.flush_lsn);
     backend.create_root().await?;
     let server = Server { identity: SystemIdentity { flush_lsn: start, ..server.identity }, ..server.clone() };
-    let repository_exists = store::read_repository(backend).await?.is_some();
+    let repository_exists = store::read_repository(backend.as_ref()).await?.is_some();
     let lineage = Lineage::new(&options.name, server.identity.system_id, 1);
     startup::create_lineage(world, options, &server, lineage, repository_exists).await
 }
@@ -317,7 +318,7 @@ async fn adopt(
 async fn new_lineage(
     world: &World,
     options: &ClusterOptions,
-    backend: &LocalBackend,
+    backend: &Arc<dyn Backend>,
     server: &Server,
     had: &[(Lineage, LineageFile)],
 ) -> Result<(Archive, LineageFile), Failure> {
@@ -336,7 +337,7 @@ async fn new_lineage(
             lineage.ordinal + 1
         }
     };
-    let repository_exists = store::read_repository(backend).await?.is_some();
+    let repository_exists = store::read_repository(backend.as_ref()).await?.is_some();
     let lineage = Lineage::new(&options.name, server.identity.system_id, ordinal);
     startup::create_lineage(world, options, server, lineage, repository_exists).await
 }

@@ -26,7 +26,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     for cluster in &clusters {
         tracing::info!(
             cluster = cluster.name, server = %cluster.postgres, slot = cluster.slot,
-            repository = cluster.repository.url, version = env!("CARGO_PKG_VERSION"), "archiving"
+            repository = cluster.repositories[0].url, version = env!("CARGO_PKG_VERSION"), "archiving"
         );
     }
     setup::block_on_threads(async {

@@ -17,7 +17,7 @@ use crate::error::{ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::LocalBackend;
+use crate::repository::{Backend, LocalBackend};
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -59,9 +59,11 @@ pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
     Ok(Config::load_archives(sources)?)
 }
 
-pub fn backend(repository: &RepositoryConfig) -> LocalBackend {
-    let Location::Local(path) = &repository.location;
-    LocalBackend::open(path.clone())
+pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
+    match &repository.location {
+        Location::Local(path) => Arc::new(LocalBackend::open(path.clone())),
+        Location::S3(_) => unimplemented!("S3"),
+    }
 }
 
 pub fn slot_name(cluster: &ClusterConfig) -> Result<SlotName, Failure> {
@@ -73,7 +75,7 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
     World {
         dialer: Arc::new(NetDialer),
         logins: Arc::new(ConfiguredLogins::new(cluster.postgres.clone())),
-        backend: Arc::new(backend(&cluster.repository)),
+        backend: backend(&cluster.repositories[0]),
         clock: Clock::system(),
         random: Arc::new(Mutex::new(fastrand::Rng::new())),
         workers,
@@ -159,10 +161,10 @@ pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
     /// No upload takes longer; a younger file may be another agent's.
     const AGE: Duration = Duration::from_secs(24 * 3600);
     for cluster in clusters {
-        let Location::Local(root) = cluster.repository.location;
+        let Location::Local(root) = cluster.repositories[0].location.clone() else { continue };
         match LocalBackend::open(root).clean_debris(AGE).await {
             Ok(0) => {}
-            Ok(files) => tracing::info!(files, repository = cluster.repository.url, "removed unfinished files"),
+            Ok(files) => tracing::info!(files, repository = cluster.repositories[0].url, "removed unfinished files"),
             Err(error) => tracing::debug!(%error, "unfinished files stay"),
         }
     }

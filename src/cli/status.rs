@@ -130,7 +130,7 @@ async fn status(cluster: &ClusterConfig) -> Result<ClusterStatus, Failure> {
     }
     let system_id = server.as_ref().ok().and_then(|facts| facts.system_id);
     let stored = look(&world.backend, &cluster.name, system_id).await;
-    add_repository(&mut status, &cluster.repository.name, stored);
+    add_repository(&mut status, &cluster.repositories[0].name, stored);
     add_loss(&mut status, world.clock.now());
     Ok(status)
 }

@@ -35,7 +35,7 @@ pub fn run(global: &Global, args: &WalGetArgs) -> Result<Verdict, Failure> {
 }
 
 async fn deliver(config: &ArchiveConfig, args: &WalGetArgs) -> Result<Outcome, Failure> {
-    let backend: Arc<dyn Backend> = Arc::new(setup::backend(&config.repository));
+    let backend: Arc<dyn Backend> = setup::backend(&config.repositories[0]);
     let lineage = patiently(args.patience, || lineage(backend.as_ref(), &config.cluster, args)).await?;
     let path = args.timeline.map_or(PathChoice::Latest, PathChoice::Timeline);
     let wal_get = WalGet { patience: args.patience, ..WalGet::new(Archive::new(backend.clone(), lineage), path) };

@@ -5,5 +5,6 @@
 
 pub mod decode;
 mod encode;
+pub mod encrypt;
 
 pub use encode::{Crc32Parts, EncodedFrame, Encoder, FRAME_BYTES, LEVEL_DEFAULT};

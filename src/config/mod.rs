@@ -14,6 +14,7 @@ mod units;
 
 use std::fmt;
 use std::io::ErrorKind;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,7 +24,10 @@ use reference::Group;
 pub use reference::{KeyDoc, reference};
 pub use units::{parse_duration, parse_size};
 
+use crate::codec::encrypt::Recipients;
 use crate::postgres::{Conninfo, Environment, FileContent};
+use crate::receiver::Acknowledge;
+use crate::repository::s3::S3Options;
 
 /// Where a configuration is looked for when none is named.
 const SEARCH: [&str; 2] = ["seawall.toml", "/etc/seawall/seawall.toml"];
@@ -91,6 +95,25 @@ pub struct Loaded {
 #[derive(Clone, Debug)]
 pub struct Config {
     pub clusters: Vec<ClusterConfig>,
+    /// `None`: no spool.
+    pub spool: Option<SpoolConfig>,
+    /// `None`: nothing listens.
+    pub http: Option<HttpConfig>,
+}
+
+/// The spool all clusters share: one subdirectory and an equal share of the limit for each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpoolConfig {
+    pub path: PathBuf,
+    pub limit_bytes: u64,
+}
+
+/// The read-only HTTP server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpConfig {
+    pub listen: SocketAddr,
+    /// Holds the bearer token that `/metrics`, `/status`, `/protected` and `/` ask for; `None`: nobody is asked.
+    pub token_file: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug)]
@@ -98,7 +121,17 @@ pub struct ClusterConfig {
     pub name: String,
     pub postgres: Conninfo,
     pub slot: String,
-    pub repository: RepositoryConfig,
+    /// In the order of the configuration; at least one, each name once.
+    pub repositories: Vec<RepositoryConfig>,
+    /// How many of them must hold a byte before it is acknowledged.
+    pub required: usize,
+    pub acknowledge: Acknowledge,
+    /// Whether commits wait for this archive; `None`: as the server says.
+    pub synchronous: Option<bool>,
+    /// Whom objects are encrypted to; `None`: not encrypted.
+    pub encrypt_to: Option<Recipients>,
+    /// The age identities that decrypt, where something has to be read.
+    pub identity_file: Option<PathBuf>,
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
@@ -116,13 +149,15 @@ pub struct RepositoryConfig {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Location {
     Local(PathBuf),
+    S3(S3Options),
 }
 
 /// Where one cluster's archive is: all that is needed to read it, without its server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArchiveConfig {
     pub cluster: String,
-    pub repository: RepositoryConfig,
+    pub repositories: Vec<RepositoryConfig>,
+    pub identity_file: Option<PathBuf>,
 }
 
 impl ArchiveConfig {
@@ -166,7 +201,11 @@ impl Config {
         let (tree, _) = Config::layers(sources, true)?;
         let archive = |(name, table): (&String, &Table)| {
             let section = Section { group: Group::Clusters, name, table };
-            Ok(ArchiveConfig { cluster: name.clone(), repository: cluster_repository(&section, &tree)? })
+            Ok(ArchiveConfig {
+                cluster: name.clone(),
+                repositories: vec![cluster_repository(&section, &tree)?],
+                identity_file: None,
+            })
         };
         tree.tables(Group::Clusters).map(archive).collect()
     }
@@ -195,7 +234,7 @@ impl Config {
             repository(name, table)?;
         }
         let clusters = tree.tables(Group::Clusters).map(|(name, table)| cluster(name, table, tree, environment));
-        Ok(Config { clusters: clusters.collect::<Result<_, _>>()? })
+        Ok(Config { clusters: clusters.collect::<Result<_, _>>()?, spool: None, http: None })
     }
 
     /// The cluster called `name`, or the only one.
@@ -207,7 +246,7 @@ impl Config {
     pub fn to_example_toml(&self) -> String {
         let clusters = self.clusters.iter().map(ClusterConfig::to_example_toml);
         let mut repositories: Vec<&RepositoryConfig> =
-            self.clusters.iter().map(|cluster| &cluster.repository).collect();
+            self.clusters.iter().flat_map(|cluster| &cluster.repositories).collect();
         repositories.sort_by(|a, b| a.name.cmp(&b.name));
         repositories.dedup_by(|a, b| a.name == b.name);
         let repositories = repositories.into_iter().map(|repository| {
@@ -230,7 +269,7 @@ impl ClusterConfig {
             None => {}
         }
         line("slot", toml_string(&self.slot));
-        line("repositories", format!("[{}]", toml_string(&self.repository.name)));
+        line("repositories", format!("[{}]", toml_string(&self.repositories[0].name)));
         line("tail_interval", format!("\"{}\"", units::show_duration(self.tail_interval)));
         line("shutdown_grace", format!("\"{}\"", units::show_duration(self.shutdown_grace)));
         line("memory", format!("\"{}\"", units::show_size(self.memory_bytes)));
@@ -418,7 +457,12 @@ fn cluster(
         name: name.to_string(),
         postgres: conninfo(&section, password_file.as_deref(), environment)?,
         slot: slot(&section)?,
-        repository: cluster_repository(&section, tree)?,
+        repositories: vec![cluster_repository(&section, tree)?],
+        required: 1,
+        acknowledge: Acknowledge::Repository,
+        synchronous: None,
+        encrypt_to: None,
+        identity_file: None,
         tail_interval: section.duration("tail_interval", TAIL_INTERVAL, Duration::from_millis(100), "100ms to 1h")?,
         shutdown_grace: section.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::ZERO, "0s to 1h")?,
         memory_bytes: memory(&section)?,

@@ -44,7 +44,7 @@ fn file_is_read_with_defaults() {
     let cluster = only(SIMPLE);
     assert_eq!((cluster.name.as_str(), cluster.slot.as_str()), ("main", "seawall"));
     assert_eq!(cluster.postgres.hosts_summary(), "db1:5432, db2:5432");
-    assert_eq!(cluster.repository.location, Location::Local("/var/lib/seawall".into()));
+    assert_eq!(cluster.repositories[0].location, Location::Local("/var/lib/seawall".into()));
     assert_eq!((cluster.tail_interval, cluster.shutdown_grace), (Duration::from_secs(5), Duration::from_secs(10)));
     assert_eq!(cluster.memory_bytes, 32 << 20);
     let loaded = load(&environment(SIMPLE), Flags::default()).unwrap();
@@ -119,7 +119,7 @@ fn repository_urls_are_absolute_files() {
     assert!(url("s3://bucket/prefix").contains("a repository at s3:// is not available in this version"));
     assert!(!url("s3://key:canary@bucket").contains("canary"));
     let spaced = only(&SIMPLE.replace("/var/lib/seawall", "/var/lib/sea%20wall"));
-    assert_eq!(spaced.repository.location, Location::Local("/var/lib/sea wall".into()));
+    assert_eq!(spaced.repositories[0].location, Location::Local("/var/lib/sea wall".into()));
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn a_cluster_has_one_repository() {
     assert!(refused(&SIMPLE.replace("[\"local\"]", "[]")).to_string().contains("a list with one name"));
     assert!(refused(&SIMPLE.replace("[\"local\"]", "\"local\"")).to_string().contains("a list with one name"));
     let left_out = SIMPLE.replace("repositories = [\"local\"]\n", "");
-    assert_eq!(only(&left_out).repository.name, "local");
+    assert_eq!(only(&left_out).repositories[0].name, "local");
     let two = format!("{left_out}[repositories.other]\nurl = \"file:///x\"\n");
     assert_eq!(refused(&two).to_string(), "clusters.main.repositories is missing");
     let no_url = SIMPLE.replace("url = \"file:///var/lib/seawall\"", "");
@@ -148,7 +148,7 @@ fn variables_win_over_the_file_and_flags_over_both() {
     let loaded = load(&environment, flags("host=flag", "file:///flag", "flag")).unwrap();
     let cluster = &loaded.config.clusters[0];
     assert_eq!((cluster.slot.as_str(), cluster.postgres.hosts_summary().as_str()), ("flag", "flag:5432"));
-    assert_eq!(cluster.repository.location, Location::Local("/flag".into()));
+    assert_eq!(cluster.repositories[0].location, Location::Local("/flag".into()));
 }
 
 #[test]
@@ -211,7 +211,7 @@ fn flags_alone_describe_main() {
     let empty = MemoryEnvironment::new();
     let loaded = load(&empty, flags("host=db user=me", "file:///repo", "s")).unwrap();
     let cluster = loaded.config.cluster(Some("main")).unwrap();
-    assert_eq!((cluster.repository.name.as_str(), cluster.slot.as_str()), ("main", "s"));
+    assert_eq!((cluster.repositories[0].name.as_str(), cluster.slot.as_str()), ("main", "s"));
     assert_eq!(loaded.path, None);
 
     let error = load(&empty, Flags::default()).unwrap_err();
@@ -243,8 +243,8 @@ fn flags_beside_several_clusters_need_a_name() {
     );
     let named = Flags { cluster: Some("main".into()), ..flags("", "file:///f", "") };
     let config = load(&environment, named).unwrap().config;
-    assert_eq!(config.cluster(Some("main")).unwrap().repository.url, "file:///f");
-    assert_eq!(config.cluster(Some("other")).unwrap().repository.url, "file:///var/lib/seawall");
+    assert_eq!(config.cluster(Some("main")).unwrap().repositories[0].url, "file:///f");
+    assert_eq!(config.cluster(Some("other")).unwrap().repositories[0].url, "file:///var/lib/seawall");
     assert!(matches!(config.cluster(None), Err(ConfigError::SeveralClusters { .. })));
     assert_eq!(config.cluster(Some("x")).unwrap_err().hint().unwrap(), "configured: main, other");
 }

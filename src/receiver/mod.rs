@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use framer::{Framer, RawFrame};
 pub use memory::{MemoryBudget, MemoryHold};
-pub use progress::{Progress, Stored};
+pub use progress::{Acknowledge, Progress, Stored};
 
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::replication::{Connection, ReplicationError, StatusUpdate, StreamEvent, TimelineEnd};

@@ -6,6 +6,16 @@
 
 use crate::wal::Lsn;
 
+/// What "flushed" means to the server (`acknowledge`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Acknowledge {
+    /// Stored in the required repositories.
+    #[default]
+    Repository,
+    /// Synced to the local spool.
+    Spool,
+}
+
 /// What one repository holds, contiguously from the start of the archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Stored {

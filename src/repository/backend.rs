@@ -55,6 +55,15 @@ pub enum Entry {
     },
 }
 
+/// What the writer of an object knows of its content, for the store to check and to keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// CRC-32 (IEEE) of the bytes as stored, where the writer has computed it already: a store that can verifies it.
+    pub stored_crc32: Option<u32>,
+    /// CRC-32 (IEEE) of the raw content, for objects whose stored bytes are encrypted: equal content is told by it.
+    pub raw_crc32: Option<u32>,
+}
+
 /// A store of write-once objects. Every call has a deadline of its own and may be dropped at any await:
 /// a dropped `put_new` may or may not take effect, never partly.
 #[async_trait]
@@ -65,7 +74,27 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Stores `body` (its parts concatenated) under a name that must be free. When this returns the object
     /// survives a crash of machine and process. No reader ever sees a part of it. `AlreadyExists` when the
     /// name is taken, whoever took it: the caller compares contents.
-    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError>;
+    async fn put_new_with(&self, key: &Key, body: &[Bytes], facts: &Facts) -> Result<(), StoreError>;
+
+    /// [`Backend::put_new_with`] for small objects nobody has computed anything about.
+    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
+        self.put_new_with(key, body, &Facts::default()).await
+    }
+
+    /// Whether [`Backend::raw_crc32`] answers for objects stored whole; where it does not, a marker object has to.
+    fn keeps_facts(&self) -> bool {
+        false
+    }
+
+    /// The raw CRC-32 stored with an object, where the store keeps such facts and the object has one.
+    async fn raw_crc32(&self, _key: &Key) -> Result<Option<u32>, StoreError> {
+        Ok(None)
+    }
+
+    /// Whether bytes appended to an unfinished upload can be read back (not from a multipart upload).
+    fn reads_back(&self) -> bool {
+        true
+    }
 
     /// Begins an object that is written piece by piece; it does not exist until [`Upload::complete`].
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError>;
@@ -82,6 +111,11 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Creates the place itself, where that is a directory and its parent is there; one that exists is kept.
     /// Only for a repository that begins: a missing root is an unmounted volume far more often.
     async fn create_missing_root(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    /// Creates the place with its parents, where that is a directory; one that exists is kept. Only `init` does this.
+    async fn create_root(&self) -> Result<(), StoreError> {
         Ok(())
     }
 
@@ -132,9 +166,25 @@ pub struct StoreError {
     /// The full place: URL or path with the key.
     pub location: String,
     pub cause: String,
+    /// What to do about it, where the backend knows better than the kind alone tells.
+    pub hint: Option<&'static str>,
 }
 
 impl StoreError {
+    pub fn new(
+        kind: StoreErrorKind,
+        operation: &'static str,
+        location: impl Into<String>,
+        cause: impl Into<String>,
+    ) -> StoreError {
+        StoreError { kind, operation, location: location.into(), cause: cause.into(), hint: None }
+    }
+
+    pub fn hinted(mut self, hint: &'static str) -> StoreError {
+        self.hint = Some(hint);
+        self
+    }
+
     pub fn is(&self, kind: StoreErrorKind) -> bool {
         self.kind == kind
     }
@@ -142,6 +192,9 @@ impl StoreError {
 
 impl Advice for StoreError {
     fn hint(&self) -> Option<String> {
+        if let Some(hint) = self.hint {
+            return Some(hint.to_string());
+        }
         let text = match self.kind {
             StoreErrorKind::AlreadyExists => "does another agent, or another cluster, write to the same repository?",
             StoreErrorKind::NotFound => "was the object deleted by something other than `seawall expire`?",

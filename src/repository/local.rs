@@ -19,7 +19,7 @@ use rustix::fs::FileType;
 use tokio::sync::Semaphore;
 
 use super::durable::{self, Directory, TEMP_PREFIX, TempFile};
-use super::{Backend, Entry, Key, StoreError, StoreErrorKind, Upload, layout};
+use super::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload, layout};
 
 /// An operation that takes longer is reported as unavailable; a hung disk or NFS server may still carry it out.
 /// Larger: an outage is noticed later. Smaller: a slow disk in a write-back storm looks like an outage.
@@ -72,18 +72,6 @@ impl LocalBackend {
         LocalBackend { shared: Arc::new(shared), permits: Arc::new(Semaphore::new(CONCURRENT_OPERATIONS_MAX)) }
     }
 
-    /// Creates the root with its parents, durably, mode 0700; one that exists is kept. Only `init` does this.
-    pub async fn create_root(&self) -> Result<(), StoreError> {
-        let operation = Operation { verb: "create", location: self.describe(), bytes: 0 };
-        self.run(operation, |shared| {
-            let directory = durable::create_directory(&shared.root)?;
-            let mut volume = lock(&shared.volume);
-            volume.device_and_inode = Some(directory.identity()?);
-            Ok(())
-        })
-        .await
-    }
-
     /// Removes temporary files that nobody writes and that were not touched for `older_than`, and directories
     /// left empty. Returns the number of files removed. What it does not reach in one run is left to the next.
     pub async fn clean_debris(&self, older_than: Duration) -> Result<usize, StoreError> {
@@ -131,6 +119,18 @@ impl Backend for LocalBackend {
         format!("file://{}", self.shared.root.display())
     }
 
+    /// Durably, mode 0700.
+    async fn create_root(&self) -> Result<(), StoreError> {
+        let operation = Operation { verb: "create", location: self.describe(), bytes: 0 };
+        self.run(operation, |shared| {
+            let directory = durable::create_directory(&shared.root)?;
+            let mut volume = lock(&shared.volume);
+            volume.device_and_inode = Some(directory.identity()?);
+            Ok(())
+        })
+        .await
+    }
+
     async fn create_missing_root(&self) -> Result<(), StoreError> {
         let parent = self.shared.root.parent().unwrap_or(Path::new("/")).to_path_buf();
         let operation = Operation { verb: "create", location: self.describe(), bytes: 0 };
@@ -144,7 +144,7 @@ impl Backend for LocalBackend {
         self.create_root().await
     }
 
-    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
+    async fn put_new_with(&self, key: &Key, body: &[Bytes], _facts: &Facts) -> Result<(), StoreError> {
         let operation = self.operation("store", key, body.iter().map(|part| part.len() as u64).sum());
         let (key, body) = (key.clone(), body.to_vec());
         self.run(operation, move |shared| {
@@ -551,7 +551,7 @@ struct Operation {
 
 impl Operation {
     fn error(self, failed: Failed) -> StoreError {
-        StoreError { kind: failed.kind, operation: self.verb, location: self.location, cause: failed.cause }
+        StoreError::new(failed.kind, self.verb, self.location, failed.cause)
     }
 }
 

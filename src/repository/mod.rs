@@ -8,6 +8,7 @@ mod backend;
 pub mod durable;
 pub mod layout;
 mod local;
+pub mod s3;
 
-pub use backend::{Backend, Entry, Key, StoreError, StoreErrorKind, Upload};
+pub use backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
 pub use local::LocalBackend;

@@ -12,7 +12,7 @@ use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use tokio::time::sleep;
 
-use crate::repository::{Backend, Entry, Key, StoreError, StoreErrorKind, Upload};
+use crate::repository::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
 
 /// Objects in memory; clones share them.
 #[derive(Clone, Debug, Default)]
@@ -22,7 +22,7 @@ pub struct MemoryStore {
 
 impl MemoryStore {
     fn error(kind: StoreErrorKind, operation: &'static str, key: &Key) -> StoreError {
-        StoreError { kind, operation, location: format!("memory:{key}"), cause: format!("{kind:?}") }
+        StoreError::new(kind, operation, format!("memory:{key}"), format!("{kind:?}"))
     }
 
     /// Everything stored, in order of key.
@@ -54,7 +54,7 @@ impl Backend for MemoryStore {
         "memory:".to_string()
     }
 
-    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
+    async fn put_new_with(&self, key: &Key, body: &[Bytes], _facts: &Facts) -> Result<(), StoreError> {
         let stored = self.insert_new(key, body.concat().into());
         stored.map_err(|_| Self::error(StoreErrorKind::AlreadyExists, "store", key))
     }
@@ -405,7 +405,7 @@ impl Backend for FaultyStore {
         self.store.describe()
     }
 
-    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
+    async fn put_new_with(&self, key: &Key, body: &[Bytes], _facts: &Facts) -> Result<(), StoreError> {
         self.put(key, body.concat().into()).await
     }
 

@@ -35,20 +35,28 @@ const IMPURE: &[&str] =
 /// Where a third-party crate may be named.
 const ADDRESSES: &[(&str, &[&str])] = &[
     ("clap", &["src/cli/", "src/main.rs"]),
-    ("rustls", &["src/replication/tls.rs"]),
-    ("tokio_rustls", &["src/replication/tls.rs"]),
+    ("rustls", &["src/replication/"]),
+    ("tokio_rustls", &["src/replication/"]),
     ("toml", &["src/config/"]),
     ("zstd", &["src/codec/"]),
     ("crc32c", &["src/wal/"]),
+    ("age", &["src/codec/encrypt.rs"]),
+    ("aws_sdk_s3", &["src/repository/s3/"]),
+    ("aws_config", &["src/repository/s3/"]),
+    ("axum", &["src/monitor/"]),
+    ("metrics", &["src/telemetry.rs", "src/monitor/"]),
+    ("metrics_exporter_prometheus", &["src/monitor/"]),
+    ("x509_parser", &["src/replication/"]),
+    ("rustls_native_certs", &["src/replication/"]),
 ];
 
 /// The folders and files directly below src/, lowest first: a module imports from its own level or below.
 const LEVELS: &[&[&str]] = &[
     &["wal", "codec", "error", "secret", "telemetry"],
-    &["replication", "repository"],
+    &["replication", "repository", "spool"],
     &["catalog", "continuity", "postgres"],
     &["receiver", "archiver", "restore"],
-    &["config"],
+    &["config", "monitor"],
     &["agent"],
     &["cli"],
 ];

@@ -11,7 +11,7 @@ use zstd::zstd_safe::CParameter;
 use super::*;
 use crate::catalog::{Crc32, FactKind, IndexFile, LedgerFact, SegmentRange};
 use crate::repository::layout::{Epoch, IndexName, Lineage, TailName};
-use crate::repository::{Backend, Entry, Upload};
+use crate::repository::{Backend, Entry, Facts, Upload};
 use crate::testkit::store::MemoryStore;
 use crate::wal::{Carry, Proof, SegmentSummary};
 
@@ -468,7 +468,7 @@ impl Racing {
         if self.down.load(Ordering::Relaxed) > 0 {
             self.down.fetch_sub(1, Ordering::Relaxed);
             let (location, cause) = (key.to_string(), "503".to_string());
-            return Err(StoreError { kind: StoreErrorKind::Unavailable, operation: "read", location, cause });
+            return Err(StoreError::new(StoreErrorKind::Unavailable, "read", location, cause));
         }
         if *key == self.watched && self.seen.fetch_add(1, Ordering::Relaxed) == self.at {
             (self.event)(&self.world);
@@ -482,8 +482,8 @@ impl Backend for Racing {
     fn describe(&self) -> String {
         "racing:".to_string()
     }
-    async fn put_new(&self, key: &Key, body: &[Bytes]) -> Result<(), StoreError> {
-        self.world.store.put_new(key, body).await
+    async fn put_new_with(&self, key: &Key, body: &[Bytes], facts: &Facts) -> Result<(), StoreError> {
+        self.world.store.put_new_with(key, body, facts).await
     }
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError> {
         self.world.store.begin_upload(key).await
