@@ -16,7 +16,9 @@ use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth
 use crate::catalog::DirectoryContents;
 use crate::catalog::store::{Archive, CatalogError};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
+use crate::receiver::{
+    Acknowledge, Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring,
+};
 use crate::replication::{Address, Connection};
 use crate::repository::layout::{Epoch, WalDirectory};
 use crate::wal::{Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
@@ -67,7 +69,8 @@ pub async fn run(
     watching: impl FnOnce(Watched),
 ) -> Ended {
     let frontier = &assignment.frontier;
-    let progress = Progress::new(frontier.segment_start, vec![frontier.stored()], 1, assignment.slot_restart);
+    let stored = vec![frontier.stored()];
+    let progress = Progress::new(frontier.segment_start, stored, 1, Acknowledge::Repository, assignment.slot_restart);
     let watched = Watched {
         progress: Arc::new(watch::Sender::new(progress)),
         activity: Arc::new(watch::Sender::new(Activity::Streaming)),

@@ -354,8 +354,7 @@ impl<'a> Receiver<'a> {
         let settled = {
             let progress = self.wiring.progress.borrow();
             let proven = progress.proven();
-            self.outbox.is_empty()
-                && progress.stored().iter().all(|stored| stored.record_end >= proven.min(self.cut_to))
+            self.outbox.is_empty() && progress.is_settled(proven.min(self.cut_to))
         };
         let over = Instant::now() >= ending.deadline;
         match ending.by_server {
