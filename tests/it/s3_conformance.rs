@@ -186,14 +186,11 @@ fn a_completion_is_believed_only_when_it_happened() {
     wait_for(async {
         let mut upload = backend.begin_upload(&key("one")).await.unwrap();
         upload.append(big.clone()).await.unwrap();
-        store.fault(
-            Rule::new(Fault::Answer(s3_answer(200, "InternalError", "")))
-                .on(Operation::CompleteMultipartUpload)
-                .key("one")
-                .times(1),
-        );
+        let failed = Fault::Answer(s3_answer(200, "InternalError", ""));
+        let rule = store.fault(Rule::new(failed).on(Operation::CompleteMultipartUpload).key("one"));
         assert_eq!(kind(upload.complete().await), StoreErrorKind::Unavailable);
         assert!(!store.objects().contains_key("p/q/one"));
+        store.clear(rule);
         upload.complete().await.expect("a failed completion can be repeated");
         assert_eq!(store.objects()["p/q/one"].body, big);
 

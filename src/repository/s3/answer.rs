@@ -231,7 +231,7 @@ fn by_status(action: Action, answer: &Answer<'_>, cause: String) -> Refusal {
         405 => new(ReadOnly, READ_ONLY),
         409 => new(Unavailable, TRANSIENT).replying(Reply::Conflict),
         416 => Refusal::new(Corrupt, cause),
-        429 => new(Unavailable, SLOW_DOWN),
+        429 | 503 => new(Unavailable, SLOW_DOWN),
         501 => new(Misconfigured, ARGUMENT).replying(Reply::NotImplemented),
         507 => new(NoSpace, QUOTA),
         408 | 500..=599 => new(Unavailable, TRANSIENT),
