@@ -90,6 +90,8 @@ pub(super) enum Reply {
     UploadGone,
     /// The store does not know this header or operation.
     NotImplemented,
+    /// Success, it says, in a document nobody knows.
+    Unclear,
     Other,
 }
 
@@ -237,7 +239,7 @@ fn by_status(action: Action, answer: &Answer<'_>, cause: String) -> Refusal {
         408 | 500..=599 => new(Unavailable, TRANSIENT),
         // An error document inside a success: S3 reports failures of long requests like that.
         200..=299 if !says_nothing => new(Unavailable, TRANSIENT),
-        200..=299 => new(Misconfigured, NOT_S3),
+        200..=299 => new(Misconfigured, NOT_S3).replying(Reply::Unclear),
         _ => new(Misconfigured, ARGUMENT),
     }
 }

@@ -129,10 +129,11 @@ impl S3Upload {
         match self.shared.complete_upload(&self.key, &id, &state.parts, conditional).await {
             Ok(()) => {}
             // Gone, or taken: by our own completion, whose answer was lost, or by a stranger.
-            Err(refused) if matches!(refused.reply, Reply::UploadGone | Reply::Exists) => {
+            Err(refused) if matches!(refused.reply, Reply::UploadGone | Reply::Exists | Reply::Unclear) => {
                 match self.shared.head(&self.key).await? {
                     Some(head) if head.put_id.as_deref() == Some(&self.put_id) => {}
                     Some(_) => return Err(taken()),
+                    None if refused.reply == Reply::Unclear => return Err(refused),
                     None => return Err(absent("the store has lost the upload")),
                 }
             }

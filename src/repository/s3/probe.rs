@@ -116,6 +116,7 @@ impl Shared {
             let part = self.upload_part(&key, &id, 1, &[Bytes::from_static(PROBE)]).await?;
             match self.complete_upload(&key, &id, &[part], true).await {
                 Ok(()) => Ok(false),
+                Err(refused) if refused.reply == Reply::Unclear => Ok(false),
                 Err(refused) if refused.reply == Reply::Exists => Ok(true),
                 Err(refused) if refused.reply == Reply::NotImplemented => Ok(false),
                 Err(refused) => Err(refused),
