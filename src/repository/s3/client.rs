@@ -111,7 +111,11 @@ impl Shared {
             return Ok(connection);
         }
         *built = Some(Instant::now());
-        self.build(1).await
+        let connection = self.build(1).await?;
+        if let Some(endpoint) = self.options.endpoint.as_deref().filter(|endpoint| super::is_open_wire(endpoint)) {
+            tracing::warn!(endpoint, "the store is reached without encryption: use an https endpoint");
+        }
+        Ok(connection)
     }
 
     /// A newer client than `refused`, where one can be had now: the sources of credentials and certificates are read
@@ -260,7 +264,8 @@ fn new_http_client(pem: Option<Vec<u8>>) -> SharedHttpClient {
 
 /// The file, if it holds nothing but good certificates: the SDK would take it without looking, and panic later.
 fn read_authorities(path: &Path) -> Result<Vec<u8>, Refusal> {
-    const HINT: &str = "`ca_file` must be a readable PEM file with the certificates of the authorities that may sign the endpoint's";
+    const HINT: &str =
+        "`ca_file` must be a readable PEM file with the certificates of the authorities that may sign the endpoint's";
     let refused = |cause: String| {
         let refusal = Refusal::new(StoreErrorKind::Misconfigured, format!("ca_file {}: {cause}", path.display()));
         refusal.hinted(HINT)
