@@ -106,8 +106,9 @@ pub async fn run(
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
-    let warning = synchronous::warn(world.clone(), options.clone(), assignment.address.clone());
-    let warning = AbortOnDropHandle::new(tokio::spawn(warning));
+    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
+    let looking = synchronous::watch(world.clone(), options.clone(), assignment.address.clone(), is_synchronous);
+    let looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let wiring = Wiring {
         pieces,
         progress: watched.progress.clone(),
@@ -115,12 +116,13 @@ pub async fn run(
         stop: stop.clone(),
         server_stopping,
         activity: watched.activity.clone(),
+        synchronous,
         clock: world.clock.clone(),
     };
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
     let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring).run().await;
     // A stopping server waits for every walsender's connection, whatever the archiver still has to do.
-    drop((sentinel, warning));
+    drop((sentinel, looking));
     match &received {
         Ok(_) => connection.close().await,
         Err(_) => drop(connection),
