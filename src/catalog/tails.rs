@@ -219,6 +219,7 @@ mod tests {
             to: Lsn(to),
             raw_crc32: crc32fast::hash(&bytes),
             last_commit: None,
+            form: crate::codec::Form::Plain,
         }
     }
 
