@@ -17,7 +17,7 @@ use crate::error::{ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend};
+use crate::repository::{Backend, LocalBackend, S3Backend};
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -62,7 +62,7 @@ pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
 pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     match &repository.location {
         Location::Local(path) => Arc::new(LocalBackend::open(path.clone())),
-        Location::S3(_) => unimplemented!("S3"),
+        Location::S3(options) => Arc::new(S3Backend::open(options.clone())),
     }
 }
 

@@ -163,6 +163,10 @@ pub enum StoreErrorKind {
     /// The store gave other bytes than it should have.
     Corrupt,
     Unsupported,
+    /// The store does not accept who we are, or not any longer: keys wrong, expired, rotated.
+    Credentials,
+    /// What was configured cannot work there: another region, not an S3 store, no conditional writes.
+    Misconfigured,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
@@ -224,6 +228,10 @@ impl Advice for StoreError {
             StoreErrorKind::Corrupt => {
                 "the stored bytes are damaged: keep the object for inspection and run `seawall gaps`"
             }
+            StoreErrorKind::Credentials => {
+                "renew the credentials where seawall finds them; it looks again by itself and goes on"
+            }
+            StoreErrorKind::Misconfigured => "compare the repository's settings with what the store expects",
             StoreErrorKind::Unsupported => return None,
         };
         Some(text.to_string())
@@ -240,8 +248,10 @@ impl Advice for StoreError {
     fn exit_code(&self) -> ExitCode {
         match self.kind {
             StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => ExitCode::Data,
-            StoreErrorKind::PermissionDenied | StoreErrorKind::ReadOnly => ExitCode::Permission,
-            StoreErrorKind::RootMissing => ExitCode::Config,
+            StoreErrorKind::PermissionDenied | StoreErrorKind::ReadOnly | StoreErrorKind::Credentials => {
+                ExitCode::Permission
+            }
+            StoreErrorKind::RootMissing | StoreErrorKind::Misconfigured => ExitCode::Config,
             _ => ExitCode::Unavailable,
         }
     }

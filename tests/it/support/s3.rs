@@ -21,6 +21,7 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use jiff::{SignedDuration, Timestamp};
 use s3s::auth::{S3Auth, SecretKey};
+use s3s::config::{S3Config, StaticConfigProvider};
 use s3s::service::{S3Service, S3ServiceBuilder};
 use s3s::{Body, HttpRequest, S3Result, s3_error};
 use socket2::{Domain, Socket, Type};
@@ -153,6 +154,10 @@ impl S3Server {
         let keys = Keys(Arc::new(Mutex::new(std::sync::Weak::new())));
         let mut builder = S3ServiceBuilder::new(memory.clone());
         builder.set_auth(keys.clone());
+        // Its clock is the machine's; ours can be set.
+        let mut config = S3Config::default();
+        config.presigned_url_max_skew_time_secs = u32::MAX;
+        builder.set_config(Arc::new(StaticConfigProvider::new(Arc::new(config))));
         let state = State {
             rules: Vec::new(),
             last_rule: 0,
