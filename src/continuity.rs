@@ -357,13 +357,21 @@ fn overlap(a: &Hole, b: &Hole) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::Form;
     use crate::repository::layout::{Epoch, TailName};
     use proptest::prelude::*;
 
     const SIZE: SegmentSize = SegmentSize::MIB_16;
 
     fn piece(from: u64, to: u64) -> Piece {
-        let tail = TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32: 0, last_commit: None };
+        let tail = TailName {
+            epoch: Epoch(1),
+            from: Lsn(from),
+            to: Lsn(to),
+            raw_crc32: 0,
+            last_commit: None,
+            form: Form::Plain,
+        };
         Piece { from: Lsn(from), to: Lsn(to), proof: Proof::Proven, last_commit: None, source: Source::Tail(tail) }
     }
 

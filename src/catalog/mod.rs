@@ -12,7 +12,7 @@ pub mod store;
 pub mod tails;
 pub mod union;
 
-pub use contents::{Catalog, DirectoryContents, Piece, Source, TailObject, TimelineState};
+pub use contents::{Catalog, DirectoryContents, Piece, SegmentObject, Source, TailObject, TimelineState};
 pub use index::{Crc32, IndexEntry, IndexFile};
 pub use ledger::{Expired, FactKind, LedgerFact, SegmentRange};
 pub use lineage::{LineageFile, RepositoryFile, WriterFile};

@@ -274,6 +274,7 @@ mod tests {
             to: Lsn(to),
             raw_crc32: crc32fast::hash(&bytes),
             last_commit: None,
+            form: crate::codec::Form::Plain,
         }
     }
 

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use crate::catalog::contents::segment_span;
 use crate::catalog::store::{self, Archive, CatalogError};
-use crate::catalog::{DirectoryContents, Expired, IndexEntry, LineageFile, TailChain};
+use crate::catalog::{DirectoryContents, Expired, IndexEntry, LineageFile, SegmentObject, TailChain};
 use crate::codec::decode::{DecodeError, FrameDecoder};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::durable::{Directory, TempFile};
@@ -340,13 +340,14 @@ impl WalGet {
         let repairs = contents.repairs.get(&source).into_iter().flatten();
         let mut copies: Vec<SealedCopy> = repairs
             .filter(|(raw_crc32, _)| entry.is_none_or(|entry| entry.raw_crc32.0 == *raw_crc32))
-            .map(|&(raw_crc32, stored_bytes)| {
-                let key = lineage.repair(source, raw_crc32);
+            .map(|&(raw_crc32, SegmentObject { form, stored_bytes })| {
+                let key = lineage.repair(source, raw_crc32, form);
                 SealedCopy { key, stored_bytes, raw_crc32: Some(raw_crc32), indexed_bytes: None }
             })
             .collect();
-        copies.extend(contents.segments.get(&source).map(|&stored_bytes| SealedCopy {
-            key: lineage.segment(source),
+        let objects = contents.segments.get(&source).into_iter().flatten();
+        copies.extend(objects.map(|&SegmentObject { form, stored_bytes }| SealedCopy {
+            key: lineage.segment(source, form),
             stored_bytes,
             raw_crc32: entry.map(|entry| entry.raw_crc32.0),
             indexed_bytes: entry.map(|entry| entry.stored_bytes),

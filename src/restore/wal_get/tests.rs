@@ -10,6 +10,7 @@ use zstd::zstd_safe::CParameter;
 
 use super::*;
 use crate::catalog::{Crc32, FactKind, IndexFile, LedgerFact, SegmentRange};
+use crate::codec::Form;
 use crate::repository::layout::{Epoch, IndexName, Lineage, TailName};
 use crate::repository::{Backend, Entry, Facts, Upload};
 use crate::testkit::store::MemoryStore;
@@ -87,7 +88,14 @@ fn entry(name: SegmentName, raw: &[u8], stored: &[u8]) -> IndexEntry {
 fn tail_name(epoch: u32, number: u64, from: u64, bytes: &[u8]) -> TailName {
     let from = Lsn(number * MIB + from);
     let raw_crc32 = crc32fast::hash(bytes);
-    TailName { epoch: Epoch(epoch), from, to: from + bytes.len() as u64, raw_crc32, last_commit: None }
+    TailName {
+        epoch: Epoch(epoch),
+        from,
+        to: from + bytes.len() as u64,
+        raw_crc32,
+        last_commit: None,
+        form: Form::Plain,
+    }
 }
 
 /// An archive under construction.
@@ -134,7 +142,7 @@ impl World {
 
     fn seal_raw(&self, name: SegmentName, raw: &[u8]) {
         let stored = encode(raw);
-        self.put(&lineage().segment(name), &stored);
+        self.put(&lineage().segment(name, Form::Plain), &stored);
         self.index(entry(name, raw, &stored), 1);
     }
 
@@ -205,7 +213,7 @@ async fn a_hole_is_an_error_whatever_directory_it_is_in() {
         assert!(world.fault(name(1, number)).await.contains("is a hole"), "{number}");
     }
     assert_eq!(world.get(name(1, 4096 + 8)).await, Ok(None));
-    world.remove(&lineage().segment(name(1, 5)));
+    world.remove(&lineage().segment(name(1, 5), Form::Plain));
     assert!(world.fault(name(1, 5)).await.contains("its object is not there"));
 }
 
@@ -276,10 +284,10 @@ async fn wal_beyond_a_fork_does_not_leak() {
     child[5000..].fill(0x77);
     world.tail(1, 2, 4, 0, &child[..6000]);
     assert!(world.get(name(2, 4)).await == Ok(Some(padded(&child[..6000]))));
-    world.remove(&lineage().segment(name(1, 4)));
+    world.remove(&lineage().segment(name(1, 4), Form::Plain));
     world.remove(&lineage().index(IndexName { first: name(1, 4), last: name(1, 4), epoch: Epoch(1) }));
     assert!(world.get(name(1, 4)).await == Ok(Some(parent)), "the child repeats its parent's bytes");
-    world.remove(&lineage().segment(name(1, 3)));
+    world.remove(&lineage().segment(name(1, 3), Form::Plain));
     world.remove(&lineage().index(IndexName { first: name(1, 3), last: name(1, 3), epoch: Epoch(1) }));
     assert_eq!(world.get(name(1, 3)).await, Ok(None), "the path now begins with segment 4");
 }
@@ -332,12 +340,12 @@ async fn every_object_is_distrusted_at_header_middle_and_trailer() {
     world.seal(1, 3);
     world.seal(1, 4);
     world.fork(2, "1\t0/900000\tx\n");
-    world.put(&lineage().segment(name(1, 6)), &encode(&raw(1, 6, 0)));
+    world.put(&lineage().segment(name(1, 6), Form::Plain), &encode(&raw(1, 6, 0)));
     world.tail(1, 1, 7, 0, &raw(1, 7, 0)[..9000]);
     for (key, body) in world.store.objects() {
         let index = key.as_str().ends_with(".json");
         let asked = if key.as_str().contains(".tail/") { name(1, 7) } else { at };
-        let asked = if key == lineage().segment(name(1, 6)) { name(1, 6) } else { asked };
+        let asked = if key == lineage().segment(name(1, 6), Form::Plain) { name(1, 6) } else { asked };
         let good = world.get(asked).await;
         for length in [0, 1, body.len() / 2, body.len() - 1] {
             world.put(&key, &body[..length]);
@@ -364,13 +372,13 @@ async fn every_object_is_distrusted_at_header_middle_and_trailer() {
 async fn unindexed_segments_prove_themselves() {
     let (world, at) = (World::new(), name(1, 4));
     let stored = encode(&raw(1, 4, 0));
-    world.put(&lineage().segment(at), &stored);
+    world.put(&lineage().segment(at, Form::Plain), &stored);
     assert!(world.get(at).await == Ok(Some(raw(1, 4, 0))));
-    world.put(&lineage().segment(at), &encode(&raw(1, 4, 0)[..500_000]));
+    world.put(&lineage().segment(at, Form::Plain), &encode(&raw(1, 4, 0)[..500_000]));
     assert!(world.fault(at).await.contains("decodes to 500000 bytes"));
-    world.put(&lineage().segment(at), b"");
+    world.put(&lineage().segment(at, Form::Plain), b"");
     assert!(world.fault(at).await.contains("decodes to 0 bytes"));
-    world.put(&lineage().segment(at), &encode(&vec![0; 40 * MIB as usize]));
+    world.put(&lineage().segment(at, Form::Plain), &encode(&vec![0; 40 * MIB as usize]));
     assert!(world.fault(at).await.contains("follows the last one"), "a decompression bomb");
 }
 
@@ -388,9 +396,9 @@ async fn entries_that_disagree_are_a_conflict_and_repairs_are_preferred() {
 
     let mut damaged = stored.clone();
     damaged[5000] ^= 1;
-    world.put(&lineage().segment(at), &damaged);
+    world.put(&lineage().segment(at, Form::Plain), &damaged);
     assert!(world.fault(at).await.contains("is damaged"));
-    world.put(&lineage().repair(at, crc32fast::hash(&good)), &stored);
+    world.put(&lineage().repair(at, crc32fast::hash(&good), Form::Plain), &stored);
     assert!(world.get(at).await == Ok(Some(good.clone())));
 
     world.index(entry(at, &raw(1, 4, 9), &stored), 3);
@@ -401,11 +409,11 @@ async fn entries_that_disagree_are_a_conflict_and_repairs_are_preferred() {
 async fn valid_content_that_is_not_the_indexed_one_is_refused() {
     let (world, at) = (World::new(), name(1, 4));
     let stored = encode(&raw(1, 4, 0));
-    world.put(&lineage().segment(at), &stored);
+    world.put(&lineage().segment(at, Form::Plain), &stored);
     // Same size, every frame valid, the header fits: only the index entry tells them apart.
     world.index(entry(at, &raw(1, 4, 9), &stored), 1);
     assert!(world.fault(at).await.contains("its content has CRC-32"));
-    world.put(&lineage().segment(at), &stored[..stored.len() - 1]);
+    world.put(&lineage().segment(at, Form::Plain), &stored[..stored.len() - 1]);
     assert!(world.fault(at).await.contains("its index entry says"));
 }
 
@@ -427,7 +435,7 @@ async fn expired_segments_are_gone_before_they_are_deleted() {
     fact.segments.push(SegmentRange { first: name(1, 3), last: name(1, 4) });
     let archive = world.wal_get().archive;
     archive.append_ledger(&fact, 1).await.unwrap();
-    world.remove(&lineage().segment(name(1, 4)));
+    world.remove(&lineage().segment(name(1, 4), Form::Plain));
     assert_eq!(world.get(name(1, 4)).await, Ok(None), "half deleted");
     let state = archive.frontier(TimelineId(1), size()).await.unwrap();
     assert_eq!((state.run_from, state.end), (Some(Lsn(5 * MIB)), Some(Lsn(7 * MIB))));
