@@ -96,8 +96,10 @@ pub fn join(chains: &[TailChain], base: usize, begin: Lsn) -> JoinedTails {
 
 /// The chains that reach furthest from `begin`, the first of them first; empty when none begins there.
 pub fn furthest(chains: &[TailChain], begin: Lsn) -> Vec<(usize, JoinedTails)> {
-    let joined: Vec<(usize, JoinedTails)> =
-        (0..chains.len()).map(|base| (base, join(chains, base, begin))).filter(|(_, found)| found.end > begin).collect();
+    let joined: Vec<(usize, JoinedTails)> = (0..chains.len())
+        .map(|base| (base, join(chains, base, begin)))
+        .filter(|(_, found)| found.end > begin)
+        .collect();
     let end = joined.iter().map(|(_, found)| found.end).max();
     joined.into_iter().filter(|(_, found)| Some(found.end) == end).collect()
 }

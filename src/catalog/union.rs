@@ -66,7 +66,10 @@ impl Holdings {
             start_timeline,
             start_lsn: starts.min(),
             histories: histories(catalogs)?,
-            expired: known.into_iter().map(|timeline| (timeline, forgotten(catalogs, timeline, segment_size))).collect(),
+            expired: known
+                .into_iter()
+                .map(|timeline| (timeline, forgotten(catalogs, timeline, segment_size)))
+                .collect(),
             pieces,
             ledger: ledger(catalogs),
             disputed,
@@ -194,7 +197,14 @@ mod tests {
     }
 
     fn tail(epoch: u32, from: u64, to: u64, crc: u32) -> TailName {
-        TailName { epoch: Epoch(epoch), from: Lsn(from), to: Lsn(to), raw_crc32: crc, last_commit: None }
+        TailName {
+            epoch: Epoch(epoch),
+            from: Lsn(from),
+            to: Lsn(to),
+            raw_crc32: crc,
+            last_commit: None,
+            form: Default::default(),
+        }
     }
 
     /// A repository that holds these tails of timeline 1: whole segments as tails do for what is tested here.
