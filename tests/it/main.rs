@@ -6,6 +6,7 @@ mod demo;
 mod end_to_end;
 mod hostile;
 mod readme;
+mod s3_server;
 mod servers_start;
 mod simulation;
 mod slots;
