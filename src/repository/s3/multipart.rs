@@ -101,7 +101,8 @@ impl S3Upload {
         })
     }
 
-    /// Stores parts until less than one is gathered, or nothing when it is the `last`.
+    /// Stores parts until less than one is gathered, or nothing when it is the `last`. A failure leaves `state` with the
+    /// parts that were stored before it.
     async fn store_parts(&self, state: &mut State, last: bool) -> Result<(), Refusal> {
         while state.gathered_bytes >= PART_BYTES || (last && state.gathered_bytes > 0) {
             if state.parts.len() >= PARTS_MAX {
@@ -112,9 +113,16 @@ impl S3Upload {
                 Some(id) => id.clone(),
                 None => state.upload_id.insert(self.shared.create_upload(&self.key, &self.put_id).await?).clone(),
             };
+            let before = (state.gathered.clone(), state.gathered_bytes);
             let part = state.cut(PART_BYTES.min(state.gathered_bytes));
             let number = state.parts.len() as i32 + 1;
-            state.parts.push(self.shared.upload_part(&self.key, &id, number, &part).await?);
+            match self.shared.upload_part(&self.key, &id, number, &part).await {
+                Ok(stored) => state.parts.push(stored),
+                Err(refused) => {
+                    (state.gathered, state.gathered_bytes) = before;
+                    return Err(refused);
+                }
+            }
             state.stored_bytes += body::length(&part);
         }
         Ok(())
@@ -174,6 +182,7 @@ impl Upload for S3Upload {
             self.state = Some(state);
             return Ok(());
         }
+        // A store on which nothing may be written is found out before anything is sent.
         if let Err(refused) = self.shared.may_write().await {
             self.state = Some(before);
             return Err(refused);
@@ -201,16 +210,21 @@ impl Upload for S3Upload {
             }
             return stored;
         }
-        let before = state.clone();
-        match self.finish(&mut state).await {
-            Ok(()) => Ok(()),
-            // The last part may be stored by now, and is not stored again.
-            Err(refused) if refused.kind != StoreErrorKind::NotFound => {
-                let before = if state.parts.len() > before.parts.len() { state } else { before };
-                self.settle(before, Err(refused))
+        let refused = match self.finish(&mut state).await {
+            Ok(()) => return Ok(()),
+            Err(refused) => refused,
+        };
+        if matches!(refused.kind, StoreErrorKind::AlreadyExists | StoreErrorKind::NotFound) {
+            // Of no use any more; what cannot be aborted now, a later start aborts.
+            let id = state.upload_id.take().unwrap_or_default();
+            if let Err(refused) = self.shared.abort_upload(&self.shared.name(&self.key), &id).await {
+                tracing::debug!(cause = refused.cause, "an upload stays unfinished");
             }
-            Err(refused) => self.settle(before, Err(refused)),
+        } else {
+            // As it was, but for parts that are stored by now and need not be again.
+            self.state = Some(state);
         }
+        Err(self.error(refused))
     }
 
     async fn abort(mut self: Box<Self>) -> Result<(), StoreError> {

@@ -20,8 +20,11 @@ pub(super) const RAW_CRC32: &str = "seawall-raw-crc32";
 /// How often a write begins again because what had its name was deleted meanwhile.
 const RACES_MAX: usize = 3;
 
+/// From the system's randomness: two machines that started alike must not take each other's objects for their own.
 pub(super) fn new_put_id() -> String {
-    format!("{:032x}", fastrand::u128(..))
+    let mut id = [0; 16];
+    aws_lc_rs::rand::fill(&mut id).expect("the system gives random bytes");
+    format!("{:032x}", u128::from_be_bytes(id))
 }
 
 /// One object on its way.
