@@ -155,6 +155,8 @@ pub enum StoreErrorKind {
     /// The store gave other bytes than it should have.
     Corrupt,
     Unsupported,
+    /// What was to be stored is no longer what it was: not the store's fault. It is received again.
+    SourceLost,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
@@ -216,6 +218,9 @@ impl Advice for StoreError {
             StoreErrorKind::Corrupt => {
                 "the stored bytes are damaged: keep the object for inspection and run `seawall gaps`"
             }
+            StoreErrorKind::SourceLost => {
+                "is the spool's disk in order? The WAL is received again as far as the server still has it"
+            }
             StoreErrorKind::Unsupported => return None,
         };
         Some(text.to_string())
@@ -225,6 +230,7 @@ impl Advice for StoreError {
         match self.kind {
             StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => Disposition::Stop,
             StoreErrorKind::Unavailable | StoreErrorKind::NotFound => Disposition::Retry,
+            StoreErrorKind::SourceLost => Disposition::Reconnect,
             _ => Disposition::Operator,
         }
     }
