@@ -128,6 +128,7 @@ fn options() -> ClusterOptions {
         tail_interval: Duration::from_secs(5),
         shutdown_grace: Duration::from_secs(10),
         memory_bytes: 32 << 20,
+        synchronous: None,
         host: None,
     }
 }

@@ -43,6 +43,8 @@ pub struct ClusterOptions {
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
+    /// Whether commits on the server wait for this archive; `None`: as the server says.
+    pub synchronous: Option<bool>,
     /// Recorded in `writers/<epoch>.json`.
     pub host: Option<String>,
 }

@@ -165,7 +165,7 @@ impl Segment {
         if at < to {
             let cut = cut.clone();
             let piece = workers
-                .run(move |encoder| {
+                .run_for(to - at, move |encoder| {
                     let partial = cut.partial.as_ref().expect("a cut behind the last whole frame brings its bytes");
                     encoder.encode(&partial.bytes()[(at - partial.start) as usize..(to - partial.start) as usize])
                 })

@@ -89,6 +89,7 @@ pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
         tail_interval: cluster.tail_interval,
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
+        synchronous: cluster.synchronous,
         host: host_name(),
     })
 }

@@ -121,6 +121,14 @@ pub trait Backend: fmt::Debug + Send + Sync {
 
     /// Removes an object; one that is not there is success.
     async fn delete(&self, key: &Key) -> Result<(), StoreError>;
+
+    /// Removes objects of which none needs another to stay or to go first; stops at the first that cannot be removed.
+    async fn delete_all(&self, keys: &[Key]) -> Result<(), StoreError> {
+        for key in keys {
+            self.delete(key).await?;
+        }
+        Ok(())
+    }
 }
 
 /// An object being written. Dropping it leaves nothing under its name; debris is cleaned by the backend later.

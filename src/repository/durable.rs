@@ -115,9 +115,15 @@ impl Directory {
         Ok(rustix::fs::Dir::read_from(&self.0)?)
     }
 
-    /// Removes a file durably: what was deleted first must not come back alone after a power loss.
-    pub fn remove_file(&self, name: impl AsRef<Path>) -> io::Result<()> {
-        rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::empty())?;
+    /// Removes files durably: what was deleted first must not come back alone after a power loss. What is not there,
+    /// or is a directory, is no file to remove.
+    pub fn remove_files(&self, names: &[impl AsRef<Path>]) -> io::Result<()> {
+        for name in names {
+            match rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         self.sync()
     }
 

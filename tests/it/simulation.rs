@@ -184,6 +184,7 @@ impl Simulation {
             tail_interval: Duration::from_millis(rng.u64(100..6000)),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: rng.u64(1..8) * MIB / 4,
+            synchronous: None,
             host: None,
         };
         let mut simulation = Simulation {

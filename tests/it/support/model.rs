@@ -92,6 +92,7 @@ impl Model {
             tail_interval: Duration::from_secs(1),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: 8 * MIB,
+            synchronous: None,
             host: None,
         };
         let stop = CancellationToken::new();
