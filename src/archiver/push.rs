@@ -184,19 +184,26 @@ pub async fn push_tail(
     first_of_segment: bool,
 ) -> Result<TailName, ArchiveError> {
     writer.confirm_epoch(first_of_segment).await?;
-    let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
-    let tail = TailName {
-        epoch: writer.epoch,
-        from: plan.from,
-        to: plan.to,
-        raw_crc32: parts.raw_crc32,
-        last_commit: cut.last_commit,
-    };
-    let key = writer.archive.lineage.tail(name, &tail);
-    match writer.retry(|| writer.archive.backend.put_new(&key, &parts.body)).await {
-        // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
-        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(tail),
-        other => other.map(|()| tail),
+    let mut delays = Delays::new();
+    loop {
+        // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
+        let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
+        let tail = TailName {
+            epoch: writer.epoch,
+            from: plan.from,
+            to: plan.to,
+            raw_crc32: parts.raw_crc32,
+            last_commit: cut.last_commit,
+        };
+        let key = writer.archive.lineage.tail(name, &tail);
+        let put = writer.call_once(writer.archive.backend.put_new(&key, &parts.body)).await;
+        drop(parts);
+        match put {
+            // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
+            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => return Ok(tail),
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            stored => return stored.map(|()| tail),
+        }
     }
 }
 

@@ -148,7 +148,7 @@ impl Spool {
         let path = self.path.join(name);
         let opened = if create { self.directory.create_below(name) } else { self.directory.open_below(name) };
         let directory = Arc::new(opened.map_err(SpoolError::io("open", &path))?);
-        Ok(LineageSpool { name: name.to_string(), directory, path, usage: self.usage.clone() })
+        Ok(LineageSpool { name: name.into(), directory, path: path.into(), usage: self.usage.clone() })
     }
 
     /// Everything counts, also what was refused: it takes the place all the same.
@@ -201,9 +201,9 @@ fn why_volatile(kind: u64) -> Option<&'static str> {
 /// The directory of one lineage. Clones share it.
 #[derive(Clone, Debug)]
 pub struct LineageSpool {
-    name: String,
+    name: Arc<str>,
     directory: Arc<Directory>,
-    path: PathBuf,
+    path: Arc<Path>,
     usage: Arc<Usage>,
 }
 
