@@ -10,6 +10,7 @@ mod index;
 mod push;
 mod queue;
 mod segment;
+mod spooling;
 mod tail;
 mod workers;
 mod writer;
@@ -25,6 +26,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::Instant;
 
 pub use encode::{Encoded, run_encoding};
+pub use spooling::{SpoolHealth, Spooling, SpoolingOptions};
 pub use workers::Workers;
 pub use writer::{ArchiveError, StoreHealth, Writer};
 

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use tokio::sync::Mutex;
 
 use super::encode::HeldFrame;
 use super::segment::{Segment, SharedUpload, upload_gone};
@@ -17,7 +18,7 @@ use crate::catalog::store::StoredObject;
 use crate::codec::Form;
 use crate::receiver::{Cut, Sealed};
 use crate::repository::layout::TailName;
-use crate::repository::{StoreError, StoreErrorKind};
+use crate::repository::{Key, StoreError, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SegmentSize};
 
 use super::tail::TailPlan;
@@ -59,18 +60,22 @@ pub async fn push_segment(
 async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) -> Result<(), ArchiveError> {
     let key = writer.archive.lineage.segment(name, Form::Plain);
     let held = segment.held_frames();
-    let Some(upload) = &segment.upload else {
-        let mut body: Vec<Bytes> = Vec::with_capacity(held.len());
-        for frame in &held {
-            body.push(writer.call_once(frame.load()).await?);
-        }
-        return writer.retry(|| writer.archive.backend.put_new(&key, &body)).await;
+    let upload = match &segment.upload {
+        Some(upload) => upload.clone(),
+        None => match put_from_memory(writer, &key, &held).await? {
+            Put::Stored => return Ok(()),
+            Put::NotInMemory => Arc::new(Mutex::new(None)),
+        },
     };
+    if upload.lock().await.is_none() {
+        let begun = writer.retry(|| writer.archive.backend.begin_upload(&key)).await?;
+        *upload.lock().await = Some(begun);
+    }
     // A name that is taken is better known before the upload is spent on it: a conflict is kept from it.
     if writer.retry(|| writer.archive.backend.stat(&key)).await?.is_some() {
         return Err(ArchiveError::Store(already_exists(&key.to_string())));
     }
-    append_to_upload(writer, upload, &held, segment.start).await?;
+    append_to_upload(writer, &upload, &held, segment.start).await?;
     let mut upload = upload.lock().await;
     let open = upload.as_mut().ok_or_else(|| upload_gone(segment.start))?;
     let mut delays = Delays::new();
@@ -82,6 +87,29 @@ async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) ->
     };
     *upload = None;
     completed
+}
+
+enum Put {
+    Stored,
+    NotInMemory,
+}
+
+/// Stores a segment in one go, as long as all of it is in memory. While the store does not answer nothing is held
+/// between two attempts, so that frames can leave for the spool; once one has, the segment is stored piece by piece:
+/// read back whole, a backlog's segments would be the memory the spool was to save.
+async fn put_from_memory(writer: &Writer, key: &Key, held: &[Arc<HeldFrame>]) -> Result<Put, ArchiveError> {
+    let mut delays = Delays::new();
+    loop {
+        let Some(body) = held.iter().map(|frame| frame.in_memory()).collect::<Option<Vec<Bytes>>>() else {
+            return Ok(Put::NotInMemory);
+        };
+        let put = writer.call_once(writer.archive.backend.put_new(key, &body)).await;
+        drop(body);
+        match put {
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            stored => return stored.map(|()| Put::Stored),
+        }
+    }
 }
 
 /// Appends frames to an upload, in order, each until it is taken.
@@ -162,20 +190,27 @@ pub async fn push_tail(
     first_of_segment: bool,
 ) -> Result<TailName, ArchiveError> {
     writer.confirm_epoch(first_of_segment).await?;
-    let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
-    let tail = TailName {
-        epoch: writer.epoch,
-        from: plan.from,
-        to: plan.to,
-        raw_crc32: parts.raw_crc32,
-        last_commit: cut.last_commit,
-        form: Form::Plain,
-    };
-    let key = writer.archive.lineage.tail(name, &tail);
-    match writer.retry(|| writer.archive.backend.put_new(&key, &parts.body)).await {
-        // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
-        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(tail),
-        other => other.map(|()| tail),
+    let mut delays = Delays::new();
+    loop {
+        // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
+        let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
+        let tail = TailName {
+            epoch: writer.epoch,
+            from: plan.from,
+            to: plan.to,
+            raw_crc32: parts.raw_crc32,
+            last_commit: cut.last_commit,
+            form: Form::Plain,
+        };
+        let key = writer.archive.lineage.tail(name, &tail);
+        let put = writer.call_once(writer.archive.backend.put_new(&key, &parts.body)).await;
+        drop(parts);
+        match put {
+            // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
+            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => return Ok(tail),
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            stored => return stored.map(|()| tail),
+        }
     }
 }
 

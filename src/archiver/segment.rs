@@ -93,8 +93,11 @@ impl Segment {
 
     /// Encoded bytes this segment keeps in memory.
     pub fn held_bytes(&self) -> u64 {
-        let held = self.slots.iter().filter(|slot| matches!(slot, Slot::Held(_)));
-        held.map(|slot| slot.stored_crc32().1).sum()
+        let held = |slot: &Slot| match slot {
+            Slot::Held(held) if held.in_memory().is_some() => held.stored_bytes,
+            _ => 0,
+        };
+        self.slots.iter().map(held).sum()
     }
 
     pub fn raw_crc32(&self) -> u32 {
