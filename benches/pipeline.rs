@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use seawall::agent::Assignment;
 use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
+use seawall::codec::encrypt::Keys;
 use seawall::codec::{Encoder, FRAME_BYTES, LEVEL_DEFAULT};
 use seawall::receiver::Clock;
 use seawall::replication::SlotName;
@@ -128,6 +129,7 @@ fn options() -> ClusterOptions {
         tail_interval: Duration::from_secs(5),
         shutdown_grace: Duration::from_secs(10),
         memory_bytes: 32 << 20,
+        keys: Keys::default(),
         host: None,
     }
 }
