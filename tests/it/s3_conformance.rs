@@ -115,6 +115,37 @@ fn the_suite_over_tls() {
     }
 }
 
+/// A store outside, with the variables every S3 tool knows and the name of a bucket to fill.
+#[test]
+fn the_suite_on_a_store_named_by_the_environment() {
+    let Ok(bucket) = std::env::var("SEAWALL_TEST_S3_BUCKET") else {
+        eprintln!(
+            "skipped: SEAWALL_TEST_S3_BUCKET (beside AWS_ENDPOINT_URL, AWS_REGION, keys) names no bucket to fill"
+        );
+        return;
+    };
+    let prefix = format!("conformance-{:08x}", fastrand::u32(..));
+    wait_for(suite_on_a_real_store(S3Options { bucket, prefix, ..S3Options::default() }));
+}
+
+/// Everything, on a store with conditional writes; on one without: it is refused, and works for a single writer.
+async fn suite_on_a_real_store(options: S3Options) {
+    let backend = S3Backend::open(options.clone());
+    match put(&backend, "first", &pattern(10)).await {
+        Ok(()) => {
+            conformance::run_all(&backend, &key("scratch")).await;
+            conformance::every_page_is_listed(&backend, &key("pages"), 1005).await;
+        }
+        Err(refused) => {
+            assert!(refused.hint().unwrap_or_default().contains("single_writer = true"), "{refused}");
+            eprintln!("{refused}: as a single writer");
+            let backend = S3Backend::open(S3Options { single_writer: true, ..options });
+            conformance::run_for_a_single_writer(&backend, &key("scratch")).await;
+            conformance::every_page_is_listed(&backend, &key("pages"), 1005).await;
+        }
+    }
+}
+
 // --- Success lost, strangers, conflicts ---
 
 #[test]

@@ -92,6 +92,8 @@ pub(super) enum Reply {
     UploadGone,
     /// The store does not know this header or operation.
     NotImplemented,
+    /// Success, it says, in a document nobody knows.
+    Unclear,
     Other,
 }
 
@@ -199,6 +201,9 @@ fn by_code(action: Action, code: &str, answer: &Answer<'_>, cause: &str) -> Opti
         "AccessDenied" | "AccessDeniedException" | "Forbidden" | "AccountProblem" if message.contains("kms:") => {
             new(PermissionDenied, KMS)
         }
+        // Garage's words for it.
+        "AccessDenied" if message.contains("nvalid signature") => new(Credentials, SIGNATURE).renewable(),
+        "AccessDenied" if message.contains("No such key") => new(Credentials, KEYS).renewable(),
         "AccessDenied" if message.contains("Request has expired") => new(Credentials, EXPIRED).renewable(),
         "AccessDenied" | "AccessDeniedException" | "Forbidden" | "AccountProblem" => {
             new(PermissionDenied, action.denied_hint()).renewable()
@@ -255,7 +260,7 @@ fn by_status(action: Action, answer: &Answer<'_>, cause: String) -> Refusal {
         408 | 500..=599 => new(Unavailable, TRANSIENT),
         // An error document inside a success: S3 reports failures of long requests like that.
         200..=299 if !says_nothing => new(Unavailable, TRANSIENT),
-        200..=299 => new(Misconfigured, NOT_S3),
+        200..=299 => new(Misconfigured, NOT_S3).replying(Reply::Unclear),
         _ => new(Misconfigured, ARGUMENT),
     }
 }
