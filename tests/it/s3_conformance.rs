@@ -104,7 +104,10 @@ fn the_suite_over_tls() {
         let plain = S3Options { endpoint: Some(store.endpoint().replace("https", "http")), ..options(&store) };
         kind(S3Backend::open(plain).stat(&key("x")).await);
     });
-    for (content, word) in [("no certificate", "no certificate"), ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ca.pem")] {
+    for (content, word) in [
+        ("no certificate", "no certificate"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ca.pem"),
+    ] {
         std::fs::write(&ca_file, content).unwrap();
         let options = S3Options { ca_file: Some(ca_file.clone()), prefix: word.into(), ..options(&store) };
         let refused = wait_for(async { S3Backend::open(options).stat(&key("x")).await }).unwrap_err();
@@ -116,7 +119,9 @@ fn the_suite_over_tls() {
 #[test]
 fn the_suite_on_a_store_named_by_the_environment() {
     let Ok(bucket) = std::env::var("SEAWALL_TEST_S3_BUCKET") else {
-        eprintln!("skipped: SEAWALL_TEST_S3_BUCKET (beside AWS_ENDPOINT_URL, AWS_REGION, keys) names no bucket to fill");
+        eprintln!(
+            "skipped: SEAWALL_TEST_S3_BUCKET (beside AWS_ENDPOINT_URL, AWS_REGION, keys) names no bucket to fill"
+        );
         return;
     };
     let prefix = format!("conformance-{:08x}", fastrand::u32(..));
@@ -256,7 +261,9 @@ fn a_store_without_conditions_is_refused_unless_one_writer_is_vouched_for() {
     store.content().ignores_complete_condition = true;
     wait_for(async {
         let refusing = S3Backend::open(options(&store));
-        for refused in [put(&refusing, "object", &pattern(10)).await, upload(&refusing, "upload", &pattern(6 << 20)).await] {
+        for refused in
+            [put(&refusing, "object", &pattern(10)).await, upload(&refusing, "upload", &pattern(6 << 20)).await]
+        {
             let refused = refused.unwrap_err();
             assert_eq!((refused.kind, refused.exit_code()), (StoreErrorKind::Misconfigured, ExitCode::Config));
             assert_eq!(refused.disposition(), Disposition::Operator);

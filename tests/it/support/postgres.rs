@@ -206,7 +206,7 @@ impl Builder {
     }
 }
 
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
     std::iter::repeat_with(|| fastrand::u16(PORTS)).take(1000).find(is_free).expect("one of a thousand ports is free")
 }
