@@ -30,6 +30,7 @@ pub use writer::{ArchiveError, StoreHealth, Writer};
 
 use crate::catalog::DirectoryContents;
 use crate::catalog::index::IndexEntry;
+use crate::codec::Form;
 use crate::receiver::resume::Frontier;
 use crate::receiver::{Cut, MemoryBudget, Progress, Sealed};
 use crate::repository::layout::{IndexName, TailName};
@@ -308,7 +309,7 @@ impl Archiver {
         if self.running.moving.is_some() {
             return;
         }
-        let key = self.writer.archive.lineage.segment(self.name_of(number));
+        let key = self.writer.archive.lineage.segment(self.name_of(number), Form::Plain);
         let segment = &mut self.segments.get_mut(&number).expect("found above").segment;
         let upload = segment.upload.get_or_insert_with(|| Arc::new(Mutex::new(None))).clone();
         let segment = segment.clone();

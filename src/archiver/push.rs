@@ -14,6 +14,7 @@ use super::workers::Workers;
 use super::writer::{ArchiveError, Delays, Writer, is_answer};
 use crate::catalog::index::{Crc32, IndexEntry};
 use crate::catalog::store::StoredObject;
+use crate::codec::Form;
 use crate::receiver::{Cut, Sealed};
 use crate::repository::layout::TailName;
 use crate::repository::{StoreError, StoreErrorKind};
@@ -32,9 +33,11 @@ pub async fn push_segment(
     writer.confirm_epoch(false).await?;
     let raw_crc32 = segment.raw_crc32();
     let stored = match store_segment(writer, name, &segment).await {
-        Ok(()) => {
-            StoredObject { stored_bytes: segment.stored_bytes(), stored_crc32: segment.stored_crc32(), raw_crc32 }
-        }
+        Ok(()) => StoredObject {
+            stored_bytes: segment.stored_bytes(),
+            stored_crc32: segment.stored_crc32(),
+            raw_crc32: Some(raw_crc32),
+        },
         // Our own success whose answer was lost, an earlier run's, or a stranger's: the content decides.
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
             compare_with_stored(writer, name, size, &segment, raw_crc32).await?
@@ -54,7 +57,7 @@ pub async fn push_segment(
 }
 
 async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) -> Result<(), ArchiveError> {
-    let key = writer.archive.lineage.segment(name);
+    let key = writer.archive.lineage.segment(name, Form::Plain);
     let held = segment.held_frames();
     let Some(upload) = &segment.upload else {
         let mut body: Vec<Bytes> = Vec::with_capacity(held.len());
@@ -114,9 +117,12 @@ async fn compare_with_stored(
     raw_crc32: u32,
 ) -> Result<StoredObject, ArchiveError> {
     writer.confirm_epoch(true).await?;
-    let stored = match writer.retry(|| writer.archive.inspect_segment(name, size)).await {
-        Ok(stored) if stored.raw_crc32 == raw_crc32 => return Ok(stored),
-        Ok(stored) => stored.raw_crc32,
+    let object = writer.retry(|| writer.archive.segment_object(name)).await?;
+    let object = object.ok_or_else(|| already_exists(&name.to_string()))?;
+    let stored = match writer.retry(|| writer.archive.inspect_segment(name, object, size)).await {
+        Ok(stored) if stored.raw_crc32 == Some(raw_crc32) => return Ok(stored),
+        Ok(StoredObject { raw_crc32: Some(stored), .. }) => stored,
+        Ok(_) => return Err(ArchiveError::Store(already_exists(&name.to_string()))),
         // Damaged or foreign: not ours to replace; its own CRC is unknown.
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::Corrupt) => {
             tracing::error!(%error, "the object under this segment's name is damaged");
@@ -134,7 +140,7 @@ async fn keep_conflict(
     segment: &Segment,
     raw_crc32: u32,
 ) -> Result<(), ArchiveError> {
-    let key = writer.archive.lineage.conflict(name, raw_crc32);
+    let key = writer.archive.lineage.conflict(name, raw_crc32, Form::Plain);
     let mut body = Vec::with_capacity(segment.slots.len());
     for slot in &segment.slots {
         body.push(writer.call_once(segment.encoded(slot)).await?);
@@ -163,6 +169,7 @@ pub async fn push_tail(
         to: plan.to,
         raw_crc32: parts.raw_crc32,
         last_commit: cut.last_commit,
+        form: Form::Plain,
     };
     let key = writer.archive.lineage.tail(name, &tail);
     match writer.retry(|| writer.archive.backend.put_new(&key, &parts.body)).await {

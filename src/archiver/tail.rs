@@ -42,11 +42,12 @@ pub fn plan_tail(stored: &[TailName], segment_start: Lsn, to: Lsn, is_final: boo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::Form;
     use crate::repository::layout::Epoch;
     use proptest::prelude::*;
 
     fn tail(from: u64, to: u64) -> TailName {
-        TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32: 0, last_commit: None }
+        TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32: 0, last_commit: None, form: Form::Plain }
     }
 
     #[test]

@@ -7,6 +7,8 @@
 
 use std::io;
 
+use super::Form;
+use super::encrypt::{DecryptError, Decryptor, Identities};
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 use zstd::zstd_safe::DParameter;
 
@@ -31,8 +33,53 @@ pub enum DecodeError {
     Truncated { offset: u64 },
     #[error("it decodes to {found} bytes, expected {expected}")]
     TooShort { found: u64, expected: u64 },
+    #[error(transparent)]
+    Decrypt(#[from] DecryptError),
     #[error("could not hand over decoded bytes: {0}")]
     Sink(#[from] io::Error),
+}
+
+impl DecodeError {
+    /// Whether another key, rather than another object, is what is needed.
+    pub fn is_about_keys(&self) -> bool {
+        matches!(self, DecodeError::Decrypt(error) if error.is_about_keys())
+    }
+}
+
+/// Decodes a stored object of either form.
+#[derive(Debug)]
+pub struct ObjectDecoder {
+    decryptor: Option<Decryptor>,
+    frames: FrameDecoder,
+}
+
+impl ObjectDecoder {
+    /// A decoder of an object that holds exactly `expected` raw bytes. What is encrypted needs an identity.
+    pub fn new(form: Form, identities: Option<&Identities>, expected: u64) -> Result<ObjectDecoder, DecodeError> {
+        let decryptor = match form {
+            Form::Plain => None,
+            Form::Encrypted => Some(Decryptor::new(identities.ok_or(DecryptError::NoIdentity)?)),
+        };
+        Ok(ObjectDecoder { decryptor, frames: FrameDecoder::new(expected)? })
+    }
+
+    /// Takes the next stored bytes. After an error the decoder is of no more use, and so is what the sink got.
+    pub fn feed(&mut self, stored: &[u8], sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), DecodeError> {
+        let frames = &mut self.frames;
+        match &mut self.decryptor {
+            None => frames.feed(stored, sink),
+            Some(decryptor) => decryptor.feed(stored, &mut |plain: &[u8]| frames.feed(plain, sink)),
+        }
+    }
+
+    /// The last bytes go to the sink; then the CRC-32 of all raw bytes, if the object was complete.
+    pub fn finish(mut self, sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<u32, DecodeError> {
+        if let Some(decryptor) = self.decryptor.take() {
+            let frames = &mut self.frames;
+            decryptor.finish(&mut |plain: &[u8]| frames.feed(plain, sink))?;
+        }
+        self.frames.finish()
+    }
 }
 
 /// Decodes an object that is fed in pieces of any size; decoded bytes go to a sink at once.

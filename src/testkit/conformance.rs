@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::{join, join_all};
 
+use crate::codec::Form;
 use crate::repository::layout::{Epoch, IndexName, Lineage, TailName, WalDirectory};
 use crate::repository::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SystemId, TimelineId};
@@ -329,14 +330,15 @@ pub async fn names_of_the_layout_are_stored(backend: &dyn Backend) {
         to: Lsn::MAX,
         raw_crc32: u32::MAX,
         last_commit: jiff::Timestamp::from_microsecond(jiff::Timestamp::MAX.as_microsecond()).ok(),
+        form: Form::Plain,
     };
     let keys = [
         lineage.lineage_json(),
         lineage.writer(Epoch(1)),
         lineage.history(TimelineId(2)),
-        lineage.segment(segment),
+        lineage.segment(segment, Form::Plain),
         lineage.tail(segment, &tail),
-        lineage.conflict(segment, 0xABCD),
+        lineage.conflict(segment, 0xABCD, Form::Plain),
         lineage.index(IndexName { first: segment, last: segment, epoch: Epoch(7) }),
         lineage.ledger_entry(jiff::Timestamp::UNIX_EPOCH, "gap-healed", 1),
     ];

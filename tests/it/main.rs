@@ -14,6 +14,7 @@ mod simulation;
 mod slots;
 mod store_faults;
 mod support;
+mod synchronous;
 mod tidy;
 mod timelines;
 mod trouble;

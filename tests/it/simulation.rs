@@ -473,7 +473,7 @@ impl Simulation {
             let [_, _, "wal", rest @ ..] = path.as_slice() else { continue };
             match rest {
                 [_, name] => match WalObject::parse(name) {
-                    Some(WalObject::Segment(segment)) => {
+                    Some(WalObject::Segment(segment, _)) => {
                         self.tally.segments += 1;
                         let start = self.size.start_of(segment.number(self.size).expect("a name of this size"));
                         self.compare(segment, start, body);

@@ -201,6 +201,9 @@ fn by_code(action: Action, code: &str, answer: &Answer<'_>, cause: &str) -> Opti
         "AccessDenied" | "AccessDeniedException" | "Forbidden" | "AccountProblem" if message.contains("kms:") => {
             new(PermissionDenied, KMS)
         }
+        // Garage's words for it.
+        "AccessDenied" if message.contains("nvalid signature") => new(Credentials, SIGNATURE).renewable(),
+        "AccessDenied" if message.contains("No such key") => new(Credentials, KEYS).renewable(),
         "AccessDenied" if message.contains("Request has expired") => new(Credentials, EXPIRED).renewable(),
         "AccessDenied" | "AccessDeniedException" | "Forbidden" | "AccountProblem" => {
             new(PermissionDenied, action.denied_hint()).renewable()

@@ -60,7 +60,7 @@ impl Shared {
         }
         let cause = "the store ignores `If-None-Match: *`, so another writer's objects could be overwritten";
         let refused = Refusal::new(StoreErrorKind::Misconfigured, cause).hinted(
-            "use a store with conditional writes (AWS, MinIO, Ceph from 20, R2, …); or, if no other agent or tool will ever write there, set `single_writer = true` for this repository",
+            "use a store with conditional writes (AWS, MinIO, R2, …); or, if no other agent or tool will ever write there, set `single_writer = true` for this repository",
         );
         Err(self.error(Action::Put, None, refused))
     }
