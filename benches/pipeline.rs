@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use seawall::agent::Assignment;
 use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
+use seawall::codec::encrypt::Keys;
 use seawall::codec::{Encoder, FRAME_BYTES, LEVEL_DEFAULT};
 use seawall::receiver::Clock;
 use seawall::replication::SlotName;
@@ -129,6 +130,7 @@ fn options() -> ClusterOptions {
         shutdown_grace: Duration::from_secs(10),
         memory_bytes: 32 << 20,
         synchronous: None,
+        keys: Keys::default(),
         host: None,
     }
 }

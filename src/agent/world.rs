@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::archiver::Workers;
+use crate::codec::encrypt::Keys;
 use crate::error::Failure;
 use crate::postgres::{Purpose, TargetSessionAttrs};
 use crate::receiver::Clock;
@@ -45,6 +46,8 @@ pub struct ClusterOptions {
     pub memory_bytes: u64,
     /// Whether commits on the server wait for this archive; `None`: as the server says.
     pub synchronous: Option<bool>,
+    /// What new objects are encrypted to. Identities are not needed to write.
+    pub keys: Keys,
     /// Recorded in `writers/<epoch>.json`.
     pub host: Option<String>,
 }

@@ -12,6 +12,7 @@ use tokio::runtime;
 use super::args::Global;
 use crate::agent::world::{ClusterOptions, LoginSource, World};
 use crate::archiver::Workers;
+use crate::codec::encrypt::Keys;
 use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
@@ -90,6 +91,7 @@ pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
         synchronous: cluster.synchronous,
+        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: None },
         host: host_name(),
     })
 }
