@@ -7,6 +7,7 @@ mod end_to_end;
 mod hostile;
 mod readme;
 mod s3_conformance;
+mod s3_faults;
 mod s3_server;
 mod servers_start;
 mod simulation;
