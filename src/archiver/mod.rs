@@ -105,6 +105,8 @@ struct Running {
     tail: bool,
     index: bool,
     moving: Option<SegmentNumber>,
+    /// The last segment whose bytes were said to wait for the whole of it.
+    waiting: Option<SegmentNumber>,
     compaction: bool,
     cleaning: bool,
 }
@@ -355,8 +357,9 @@ impl Archiver {
     /// Where they can be read back, all may. Where they cannot, none may go whose bytes are going to be a tail: those
     /// below the stored tails' end are one already, and those of a whole segment above the last record that ends in it
     /// never are. What then is left in memory are proven bytes, which wait for a tail that is on its way (the receiver
-    /// cuts one as soon as it pauses), and of an unfinished segment the beginning of a record. When memory is needed
-    /// even for that, it goes too: only the whole segment can make it durable then.
+    /// cuts one as soon as it pauses), and of an unfinished segment the beginning of a record. Where that alone would
+    /// fill the budget, because segments are larger than it, it goes too: then only the whole segment can make what
+    /// follows durable.
     fn movable_end(&self, number: SegmentNumber, work: &Work) -> Option<Lsn> {
         let size = self.options.segment_size;
         if matches!(work.state, State::Pushing) {
@@ -368,9 +371,10 @@ impl Archiver {
         let start = size.start_of(number);
         let covered = self.tails.get(&number).into_iter().flatten().map(|tail| tail.to).max().unwrap_or(start);
         let is_whole = work.segment.end() == size.end_of(number);
-        let proven_is_covered = self.progress.borrow().proven() <= covered;
-        let may_all = proven_is_covered && (is_whole || !self.options.memory.has_room());
-        Some(if may_all { size.end_of(number) } else { covered })
+        let fills_memory = work.segment.held_bytes(Lsn::MAX) > self.options.memory.room_bytes();
+        let waits_for_no_tail = self.progress.borrow().proven() <= covered && (is_whole || fills_memory);
+        let has_no_tail_any_more = work.segment.at_hand_from() > covered;
+        Some(if waits_for_no_tail || has_no_tail_any_more { size.end_of(number) } else { covered })
     }
 
     /// Starts to store the lowest sealed segment that is not being stored.
@@ -444,7 +448,10 @@ impl Archiver {
         };
         let stored = self.tails.get(&number).map_or(&[][..], Vec::as_slice);
         let at_hand_from = segment.at_hand_from();
-        let Some(plan) = plan_tail(stored, segment.start, at_hand_from, cut.to, cut.is_final) else { return };
+        let Some(plan) = plan_tail(stored, segment.start, at_hand_from, cut.to, cut.is_final) else {
+            self.say_if_it_has_to_wait(number, cut.to, at_hand_from);
+            return;
+        };
         let first_of_segment = stored.is_empty();
         let (writer, making, name) = (self.writer.clone(), self.making(), self.name_of(number));
         self.running.tail = true;
@@ -457,6 +464,22 @@ impl Archiver {
                 Err(error) => Err(error),
             }
         }));
+    }
+
+    /// A cut that cannot become a tail is worth a word, once for each segment.
+    fn say_if_it_has_to_wait(&mut self, number: SegmentNumber, to: Lsn, at_hand_from: Lsn) {
+        let start = self.options.segment_size.start_of(number);
+        let covered = self.tails.get(&number).into_iter().flatten().map(|tail| tail.to).max().unwrap_or(start);
+        if to > covered && at_hand_from > covered && self.running.waiting != Some(number) {
+            self.running.waiting = Some(number);
+            tracing::warn!(
+                from = %covered,
+                %to,
+                segment = %self.name_of(number),
+                hint = "set `memory` to twice the size of a segment, or configure a spool",
+                "WAL waits for its whole segment to become durable: a record did not fit into memory"
+            );
+        }
     }
 
     /// Whether this segment was sealed, stored and let go.

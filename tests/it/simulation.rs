@@ -86,7 +86,7 @@ fn seeds() {
             total.crashes > count / 2
                 && total.promotions > count / 10
                 && total.segments > count
-                && total.encrypted_segments > count / 4,
+                && total.encrypted_segments > count / 8,
             "{total:?}"
         );
     });
@@ -161,6 +161,8 @@ struct Simulation {
     current: TimelineId,
     xid: u32,
     store: FaultyStore,
+    /// Whether encryption is switched on and off.
+    encrypts: bool,
     options: ClusterOptions,
     agent: Option<Agent>,
     started: Instant,
@@ -191,19 +193,23 @@ impl Simulation {
         });
         let mut writer = WalWriter::new(major, system_id, size, TimelineId(1), start);
         writer.noop(120);
+        let traits = Traits { reads_back: rng.bool(), keeps_facts: rng.bool() };
+        let encrypts = rng.bool();
+        let reads_back = traits.reads_back && !encrypts;
         let options = ClusterOptions {
             name: CLUSTER.into(),
             slot: SlotName::new(SLOT).expect("a valid name"),
             tail_interval: Duration::from_millis(rng.u64(100..6000)),
             shutdown_grace: Duration::from_secs(10),
-            memory_bytes: rng.u64(1..8) * MIB / 4,
+            // Where nothing can be read back, the budget has to hold a whole segment.
+            memory_bytes: if reads_back { rng.u64(1..8) * MIB / 4 } else { size.bytes() * rng.u64(4..8) / 2 },
             synchronous: None,
-            keys: if rng.bool() { encrypted() } else { Keys::default() },
+            keys: if encrypts && rng.bool() { encrypted() } else { Keys::default() },
             host: None,
         };
         let mut simulation = Simulation {
-            store: FaultyStore::new(rng.u64(..))
-                .with_traits(Traits { reads_back: rng.bool(), keeps_facts: rng.bool() }),
+            store: FaultyStore::new(rng.u64(..)).with_traits(traits),
+            encrypts,
             rng,
             size,
             server,
@@ -342,8 +348,7 @@ impl Simulation {
         }
         self.check_acknowledged().await;
         self.sleep(3000).await;
-        if self.rng.u32(0..4) == 0 {
-            // Encryption was switched on or off.
+        if self.encrypts && self.rng.u32(0..4) == 0 {
             let is_on = self.options.keys.recipients.is_some();
             self.options.keys = if is_on { Keys::default() } else { encrypted() };
         }
@@ -518,10 +523,11 @@ impl Simulation {
         let archive = self.archive().await.expect("there is an archive");
         let flush = self.writers[&self.current].flush_lsn();
         let held = &archive.held[&self.current];
+        // A child's own files begin with the fork's segment; where that lies before the archive's start, they may begin
+        // with the archive too.
         let begin = match self.current {
             TimelineId(1) => archive.start,
-            // A child's own files begin with the fork's segment, even where that lies before the archive's start.
-            _ => self.writers[&self.current].start(),
+            _ => self.writers[&self.current].start().max(archive.start),
         };
         assert_eq!(held.end_from(begin), flush, "the current timeline is archived up to its end");
     }
