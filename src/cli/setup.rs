@@ -13,11 +13,11 @@ use super::args::Global;
 use crate::agent::world::{ClusterOptions, LoginSource, World};
 use crate::archiver::Workers;
 use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
-use crate::error::{ExitCode, Failure};
+use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend, S3Backend};
+use crate::repository::{Backend, LocalBackend, S3Backend, StoreErrorKind};
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -157,16 +157,26 @@ fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Re
     Ok(result)
 }
 
-/// Removes what killed writers left unfinished in local repositories, once the agent is under way.
+/// Removes what killed writers left unfinished in repositories, once the agent is under way.
 pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
     /// No upload takes longer; a younger file may be another agent's.
     const AGE: Duration = Duration::from_secs(24 * 3600);
-    for cluster in clusters {
-        let Location::Local(root) = cluster.repositories[0].location.clone() else { continue };
-        match LocalBackend::open(root).clean_debris(AGE).await {
+    let mut seen = BTreeSet::new();
+    for repository in clusters.iter().flat_map(|cluster| &cluster.repositories) {
+        if !seen.insert(repository.url.clone()) {
+            continue;
+        }
+        let cleaned = match repository.location.clone() {
+            Location::Local(root) => LocalBackend::open(root).clean_debris(AGE).await,
+            Location::S3(options) => S3Backend::open(options).clean_debris(AGE).await,
+        };
+        match cleaned {
             Ok(0) => {}
-            Ok(files) => tracing::info!(files, repository = cluster.repositories[0].url, "removed unfinished files"),
-            Err(error) => tracing::debug!(%error, "unfinished files stay"),
+            Ok(count) => tracing::info!(count, repository = repository.url, "removed unfinished files or uploads"),
+            Err(error) if error.is(StoreErrorKind::PermissionDenied) => {
+                tracing::info!(%error, hint = error.hint(), "unfinished uploads stay");
+            }
+            Err(error) => tracing::debug!(%error, "unfinished files or uploads stay"),
         }
     }
 }

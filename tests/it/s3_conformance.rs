@@ -104,11 +104,45 @@ fn the_suite_over_tls() {
         let plain = S3Options { endpoint: Some(store.endpoint().replace("https", "http")), ..options(&store) };
         kind(S3Backend::open(plain).stat(&key("x")).await);
     });
-    for (content, word) in [("no certificate", "no certificate"), ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ca.pem")] {
+    for (content, word) in [
+        ("no certificate", "no certificate"),
+        ("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "ca.pem"),
+    ] {
         std::fs::write(&ca_file, content).unwrap();
         let options = S3Options { ca_file: Some(ca_file.clone()), prefix: word.into(), ..options(&store) };
         let refused = wait_for(async { S3Backend::open(options).stat(&key("x")).await }).unwrap_err();
         assert!(refused.is(StoreErrorKind::Misconfigured) && refused.to_string().contains(word), "{refused}");
+    }
+}
+
+/// A store outside, with the variables every S3 tool knows and the name of a bucket to fill.
+#[test]
+fn the_suite_on_a_store_named_by_the_environment() {
+    let Ok(bucket) = std::env::var("SEAWALL_TEST_S3_BUCKET") else {
+        eprintln!(
+            "skipped: SEAWALL_TEST_S3_BUCKET (beside AWS_ENDPOINT_URL, AWS_REGION, keys) names no bucket to fill"
+        );
+        return;
+    };
+    let prefix = format!("conformance-{:08x}", fastrand::u32(..));
+    wait_for(suite_on_a_real_store(S3Options { bucket, prefix, ..S3Options::default() }));
+}
+
+/// Everything, on a store with conditional writes; on one without: it is refused, and works for a single writer.
+async fn suite_on_a_real_store(options: S3Options) {
+    let backend = S3Backend::open(options.clone());
+    match put(&backend, "first", &pattern(10)).await {
+        Ok(()) => {
+            conformance::run_all(&backend, &key("scratch")).await;
+            conformance::every_page_is_listed(&backend, &key("pages"), 1005).await;
+        }
+        Err(refused) => {
+            assert!(refused.hint().unwrap_or_default().contains("single_writer = true"), "{refused}");
+            eprintln!("{refused}: as a single writer");
+            let backend = S3Backend::open(S3Options { single_writer: true, ..options });
+            conformance::run_for_a_single_writer(&backend, &key("scratch")).await;
+            conformance::every_page_is_listed(&backend, &key("pages"), 1005).await;
+        }
     }
 }
 
@@ -227,7 +261,9 @@ fn a_store_without_conditions_is_refused_unless_one_writer_is_vouched_for() {
     store.content().ignores_complete_condition = true;
     wait_for(async {
         let refusing = S3Backend::open(options(&store));
-        for refused in [put(&refusing, "object", &pattern(10)).await, upload(&refusing, "upload", &pattern(6 << 20)).await] {
+        for refused in
+            [put(&refusing, "object", &pattern(10)).await, upload(&refusing, "upload", &pattern(6 << 20)).await]
+        {
             let refused = refused.unwrap_err();
             assert_eq!((refused.kind, refused.exit_code()), (StoreErrorKind::Misconfigured, ExitCode::Config));
             assert_eq!(refused.disposition(), Disposition::Operator);

@@ -55,7 +55,9 @@ impl Action {
             Action::Delete => {
                 "a writer needs no right to delete, what it made superfluous just stays; otherwise allow s3:DeleteObject, and see whether Object Lock or a legal hold keeps the object"
             }
-            Action::AbortUpload => "allow s3:AbortMultipartUpload, or let a lifecycle rule of the bucket abort unfinished uploads",
+            Action::AbortUpload => {
+                "allow s3:AbortMultipartUpload, or let a lifecycle rule of the bucket abort unfinished uploads"
+            }
             Action::ListUploads => {
                 "allow s3:ListBucketMultipartUploads, or let a lifecycle rule of the bucket abort unfinished uploads"
             }
@@ -90,6 +92,8 @@ pub(super) enum Reply {
     UploadGone,
     /// The store does not know this header or operation.
     NotImplemented,
+    /// Success, it says, in a document nobody knows.
+    Unclear,
     Other,
 }
 
@@ -137,13 +141,13 @@ const NOT_S3: &str =
 const TRANSIENT: &str = "the store has trouble of its own; the agent retries by itself, WAL stays on the server";
 const SLOW_DOWN: &str = "the store asks for fewer requests; the agent slows down and retries by itself";
 const READ_ONLY: &str = "the store takes no writes there: is it read-only, a replica, under maintenance, or does `endpoint` name something else?";
-const QUOTA: &str =
-    "raise the quota or make room in the store; the agent goes on by itself as soon as there is room";
+const QUOTA: &str = "raise the quota or make room in the store; the agent goes on by itself as soon as there is room";
 const KMS: &str = "may these credentials use the KMS key (kms:GenerateDataKey, kms:Decrypt), and is it enabled, in the bucket's region, and rightly named in `sse`?";
 const STORAGE_CLASS: &str = "does the store know this `storage_class`? Leave it out for the bucket's default";
 const ARGUMENT: &str = "the store does not know something it was sent: `checksum = \"none\"`, `sse`, `storage_class` and `path_style` are what stores differ in";
 const COLD: &str = "a lifecycle rule has moved the object to cold storage: restore it there first, and exclude the repository from that rule";
-const DAMAGED_ON_THE_WAY: &str = "what arrived was not what was sent; it is sent again. If this repeats, suspect memory or network of this machine";
+const DAMAGED_ON_THE_WAY: &str =
+    "what arrived was not what was sent; it is sent again. If this repeats, suspect memory or network of this machine";
 
 pub(super) fn refusal(action: Action, answer: &Answer<'_>) -> Refusal {
     let cause = cause(action, answer);
@@ -184,31 +188,50 @@ fn by_code(action: Action, code: &str, answer: &Answer<'_>, cause: &str) -> Opti
         "InvalidObjectState" => new(Misconfigured, COLD),
         "MethodNotAllowed" | "XMinioServerNotInitialized" if answer.status == 405 => new(ReadOnly, READ_ONLY),
         "ReadOnly" | "AllAccessDisabled" => new(ReadOnly, READ_ONLY),
-        "QuotaExceeded" | "QuotaExceededException" | "XMinioStorageFull" | "StorageFull" | "InsufficientStorage"
-        | "XMinioAdminBucketQuotaExceeded" | "ServiceQuotaExceededException" | "BucketQuotaExceeded" => {
-            new(NoSpace, QUOTA)
-        }
+        "QuotaExceeded"
+        | "QuotaExceededException"
+        | "XMinioStorageFull"
+        | "StorageFull"
+        | "InsufficientStorage"
+        | "XMinioAdminBucketQuotaExceeded"
+        | "ServiceQuotaExceededException"
+        | "BucketQuotaExceeded" => new(NoSpace, QUOTA),
         "InvalidStorageClass" => new(Misconfigured, STORAGE_CLASS),
         _ if code.starts_with("KMS") || code.contains("KMSKey") => new(PermissionDenied, KMS),
         "AccessDenied" | "AccessDeniedException" | "Forbidden" | "AccountProblem" if message.contains("kms:") => {
             new(PermissionDenied, KMS)
         }
+        // Garage's words for it.
+        "AccessDenied" if message.contains("nvalid signature") => new(Credentials, SIGNATURE).renewable(),
+        "AccessDenied" if message.contains("No such key") => new(Credentials, KEYS).renewable(),
         "AccessDenied" if message.contains("Request has expired") => new(Credentials, EXPIRED).renewable(),
         "AccessDenied" | "AccessDeniedException" | "Forbidden" | "AccountProblem" => {
             new(PermissionDenied, action.denied_hint()).renewable()
         }
-        "SlowDown" | "Throttling" | "ThrottlingException" | "TooManyRequests" | "TooManyRequestsException"
-        | "RequestLimitExceeded" | "BandwidthLimitExceeded" | "SlowDownRead" | "SlowDownWrite" => {
-            new(Unavailable, SLOW_DOWN)
-        }
-        "BadDigest" | "InvalidDigest" | "XAmzContentSHA256Mismatch" | "XAmzContentChecksumMismatch"
+        "SlowDown"
+        | "Throttling"
+        | "ThrottlingException"
+        | "TooManyRequests"
+        | "TooManyRequestsException"
+        | "RequestLimitExceeded"
+        | "BandwidthLimitExceeded"
+        | "SlowDownRead"
+        | "SlowDownWrite" => new(Unavailable, SLOW_DOWN),
+        "BadDigest"
+        | "InvalidDigest"
+        | "XAmzContentSHA256Mismatch"
+        | "XAmzContentChecksumMismatch"
         | "IncompleteBody" => new(Unavailable, DAMAGED_ON_THE_WAY),
         "InvalidRange" => plain(Corrupt),
         "NotImplemented" => new(Misconfigured, ARGUMENT).replying(Reply::NotImplemented),
-        "InvalidArgument" | "InvalidRequest" | "MalformedXML" | "InvalidBucketName" | "InvalidStorageClassForSSE"
-        | "InvalidEncryptionAlgorithmError" | "MissingContentLength" | "UnsupportedOperation" => {
-            new(Misconfigured, ARGUMENT)
-        }
+        "InvalidArgument"
+        | "InvalidRequest"
+        | "MalformedXML"
+        | "InvalidBucketName"
+        | "InvalidStorageClassForSSE"
+        | "InvalidEncryptionAlgorithmError"
+        | "MissingContentLength"
+        | "UnsupportedOperation" => new(Misconfigured, ARGUMENT),
         _ => return None,
     })
 }
@@ -237,7 +260,7 @@ fn by_status(action: Action, answer: &Answer<'_>, cause: String) -> Refusal {
         408 | 500..=599 => new(Unavailable, TRANSIENT),
         // An error document inside a success: S3 reports failures of long requests like that.
         200..=299 if !says_nothing => new(Unavailable, TRANSIENT),
-        200..=299 => new(Misconfigured, NOT_S3),
+        200..=299 => new(Misconfigured, NOT_S3).replying(Reply::Unclear),
         _ => new(Misconfigured, ARGUMENT),
     }
 }
@@ -311,7 +334,10 @@ pub(super) fn no_answer(chain: &str, timed_out: bool) -> Refusal {
         );
     }
     if has(&["onnection refused"]) {
-        return new(Unavailable, "nothing listens there: is the store running, and are host and port of `endpoint` right?");
+        return new(
+            Unavailable,
+            "nothing listens there: is the store running, and are host and port of `endpoint` right?",
+        );
     }
     if timed_out || has(&["timed out", "timeout", "minimum throughput"]) {
         return new(
@@ -399,9 +425,11 @@ mod tests {
         let denied = answered(Action::List, 403, Some("AccessDenied"), Some("Access Denied"));
         assert_eq!(denied.cause, "s3:ListBucket: AccessDenied (HTTP 403): Access Denied");
         assert!(denied.hint.unwrap().contains("s3:ListBucket"));
-        let kms = answered(Action::Put, 403, Some("AccessDenied"), Some("not authorized to perform: kms:GenerateDataKey"));
+        let kms =
+            answered(Action::Put, 403, Some("AccessDenied"), Some("not authorized to perform: kms:GenerateDataKey"));
         assert!(kms.hint.unwrap().contains("KMS"));
-        let moved = Answer { status: 301, code: Some("PermanentRedirect"), region: Some("eu-west-1"), ..Answer::default() };
+        let moved =
+            Answer { status: 301, code: Some("PermanentRedirect"), region: Some("eu-west-1"), ..Answer::default() };
         let moved = refusal(Action::Put, &moved);
         assert!(moved.cause.contains("eu-west-1") && moved.hint.unwrap().contains("region"), "{moved:?}");
     }

@@ -55,10 +55,7 @@ impl Body for Parts {
     type Data = Bytes;
     type Error = Infallible;
 
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        _: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         // An empty frame would look like the end to some.
         while self.parts.get(self.next).is_some_and(Bytes::is_empty) {
             self.next += 1;

@@ -260,7 +260,8 @@ fn new_http_client(pem: Option<Vec<u8>>) -> SharedHttpClient {
 
 /// The file, if it holds nothing but good certificates: the SDK would take it without looking, and panic later.
 fn read_authorities(path: &Path) -> Result<Vec<u8>, Refusal> {
-    const HINT: &str = "`ca_file` must be a readable PEM file with the certificates of the authorities that may sign the endpoint's";
+    const HINT: &str =
+        "`ca_file` must be a readable PEM file with the certificates of the authorities that may sign the endpoint's";
     let refused = |cause: String| {
         let refusal = Refusal::new(StoreErrorKind::Misconfigured, format!("ca_file {}: {cause}", path.display()));
         refusal.hinted(HINT)

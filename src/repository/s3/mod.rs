@@ -16,7 +16,9 @@ mod probe;
 mod put;
 mod read;
 mod request;
+mod survey;
 
+use std::net::IpAddr;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +31,7 @@ pub use options::{Checksum, S3Options, ServerSideEncryption, StorageClasses};
 use self::answer::Action;
 use self::client::Shared;
 use self::multipart::S3Upload;
+pub use self::survey::{Finding, Outcome};
 use super::{Backend, Entry, Facts, Key, StoreError, Upload};
 
 /// A repository in a bucket; `s3://bucket/prefix`. Clones, and others opened with equal options, share one client.
@@ -47,6 +50,19 @@ impl S3Backend {
     pub async fn clean_debris(&self, older_than: Duration) -> Result<usize, StoreError> {
         self.shared.abort_abandoned(older_than).await
     }
+}
+
+/// Whether this endpoint is reached over a network without encryption.
+fn is_open_wire(endpoint: &str) -> bool {
+    let Some((scheme, rest)) = endpoint.split_once("://") else { return false };
+    let authority = rest.split(['/', '?']).next().unwrap_or_default();
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    let name = match host.strip_prefix('[') {
+        Some(v6) => v6.split(']').next().unwrap_or_default(),
+        None => host.split(':').next().unwrap_or_default(),
+    };
+    let is_loopback = name.parse::<IpAddr>().map_or(name.eq_ignore_ascii_case("localhost"), |ip| ip.is_loopback());
+    scheme.eq_ignore_ascii_case("http") && !is_loopback
 }
 
 #[async_trait]
@@ -96,5 +112,20 @@ impl Backend for S3Backend {
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let deleted = self.shared.delete_object(key).await;
         deleted.map_err(|refused| self.shared.error(Action::Delete, Some(key), refused))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_wires_are_told_from_loopback_and_tls() {
+        for open in ["http://minio.example", "HTTP://10.0.0.1:9000/x", "http://[fd00::1]:80", "http://localhost.evil"] {
+            assert!(is_open_wire(open), "{open}");
+        }
+        for fine in ["https://minio.example", "http://localhost:9000", "http://127.0.0.9", "http://[::1]:3900/", "x"] {
+            assert!(!is_open_wire(fine), "{fine}");
+        }
     }
 }

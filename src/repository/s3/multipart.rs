@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use aws_sdk_s3::Client;
+use aws_sdk_s3::operation::list_multipart_uploads::ListMultipartUploadsOutput;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart};
 use bytes::Bytes;
 
@@ -129,10 +130,11 @@ impl S3Upload {
         match self.shared.complete_upload(&self.key, &id, &state.parts, conditional).await {
             Ok(()) => {}
             // Gone, or taken: by our own completion, whose answer was lost, or by a stranger.
-            Err(refused) if matches!(refused.reply, Reply::UploadGone | Reply::Exists) => {
+            Err(refused) if matches!(refused.reply, Reply::UploadGone | Reply::Exists | Reply::Unclear) => {
                 match self.shared.head(&self.key).await? {
                     Some(head) if head.put_id.as_deref() == Some(&self.put_id) => {}
                     Some(_) => return Err(taken()),
+                    None if refused.reply == Reply::Unclear => return Err(refused),
                     None => return Err(absent("the store has lost the upload")),
                 }
             }
@@ -300,13 +302,9 @@ impl Shared {
     pub(super) async fn abort_abandoned(&self, older_than: Duration) -> Result<usize, StoreError> {
         let cutoff = SystemTime::now().checked_sub(older_than).unwrap_or(SystemTime::UNIX_EPOCH);
         let mut aborted = 0;
-        let (mut key_marker, mut id_marker) = (None, None);
+        let mut after = None;
         for _ in 0..DEBRIS_PAGES_MAX {
-            let list = |client: Client| {
-                let list = client.list_multipart_uploads().bucket(&self.options.bucket).prefix(self.directory_prefix());
-                list.set_key_marker(key_marker.clone()).set_upload_id_marker(id_marker.clone()).send()
-            };
-            let page = self.send(Action::ListUploads, list).await;
+            let page = self.list_uploads(after).await;
             let page = page.map_err(|refused| self.error(Action::ListUploads, None, refused))?;
             for upload in page.uploads() {
                 let begun = upload.initiated().and_then(|time| SystemTime::try_from(*time).ok());
@@ -319,13 +317,27 @@ impl Shared {
                 result.map_err(|refused| self.error(Action::AbortUpload, None, refused))?;
                 aborted += 1;
             }
-            if !page.is_truncated().unwrap_or(false) || page.next_key_marker().is_none() {
-                break;
+            let next =
+                page.next_key_marker().map(|key| (key.to_string(), page.next_upload_id_marker().map(str::to_string)));
+            match page.is_truncated().unwrap_or(false) {
+                true if next.is_some() => after = next,
+                _ => break,
             }
-            (key_marker, id_marker) =
-                (page.next_key_marker().map(str::to_string), page.next_upload_id_marker().map(str::to_string));
         }
         Ok(aborted)
+    }
+
+    /// A page of unfinished uploads below our prefix, those behind this name and upload.
+    pub(super) async fn list_uploads(
+        &self,
+        after: Option<(String, Option<String>)>,
+    ) -> Result<ListMultipartUploadsOutput, Refusal> {
+        let (key, id) = after.unzip();
+        let list = |client: Client| {
+            let list = client.list_multipart_uploads().bucket(&self.options.bucket).prefix(self.directory_prefix());
+            list.set_key_marker(key.clone()).set_upload_id_marker(id.clone().flatten()).send()
+        };
+        self.send(Action::ListUploads, list).await
     }
 
     fn directory_prefix(&self) -> String {

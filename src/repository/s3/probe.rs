@@ -18,8 +18,10 @@ use super::client::Shared;
 use crate::repository::{StoreError, StoreErrorKind, layout};
 
 const PROBE: &[u8] = b"Seawall tries here whether the store honours If-None-Match. Keep it: it is never read.\n";
-/// A store that does not honour conditions is asked again after this time: it may have been upgraded.
-const ASK_AGAIN: Duration = Duration::from_secs(60);
+/// A store that does not honour conditions is asked again after this time: it may have been upgraded. While writes are
+/// refused somebody waits for that.
+const ASK_AGAIN_WHEN_REFUSED: Duration = Duration::from_secs(60);
+const ASK_AGAIN: Duration = Duration::from_secs(3600);
 
 /// What has been found out.
 #[derive(Debug, Default)]
@@ -36,8 +38,8 @@ struct Found {
 
 impl Found {
     /// A store that honours conditions goes on doing so.
-    fn counts(&self) -> bool {
-        self.honoured || self.at.elapsed() < ASK_AGAIN
+    fn counts(&self, ask_again: Duration) -> bool {
+        self.honoured || self.at.elapsed() < ask_again
     }
 }
 
@@ -58,14 +60,15 @@ impl Shared {
         }
         let cause = "the store ignores `If-None-Match: *`, so another writer's objects could be overwritten";
         let refused = Refusal::new(StoreErrorKind::Misconfigured, cause).hinted(
-            "use a store with conditional writes (AWS, MinIO, Ceph from 20, R2, …); or, if no other agent or tool will ever write there, set `single_writer = true` for this repository",
+            "use a store with conditional writes (AWS, MinIO, R2, …); or, if no other agent or tool will ever write there, set `single_writer = true` for this repository",
         );
         Err(self.error(Action::Put, None, refused))
     }
 
     pub(super) async fn probe_put(&self) -> Result<bool, Refusal> {
+        let ask_again = if self.options.single_writer { ASK_AGAIN } else { ASK_AGAIN_WHEN_REFUSED };
         let mut found = self.capabilities.put.lock().await;
-        if let Some(found) = found.as_ref().filter(|found| found.counts()) {
+        if let Some(found) = found.as_ref().filter(|found| found.counts(ask_again)) {
             return Ok(found.honoured);
         }
         // The first success creates the object, where the repository is new; the second has no excuse.
@@ -95,7 +98,7 @@ impl Shared {
             return Ok(false);
         }
         let mut found = self.capabilities.completion.lock().await;
-        if let Some(found) = found.as_ref().filter(|found| found.counts()) {
+        if let Some(found) = found.as_ref().filter(|found| found.counts(ASK_AGAIN)) {
             return Ok(found.honoured);
         }
         let honoured = self.probe_completion().await?;
@@ -116,6 +119,7 @@ impl Shared {
             let part = self.upload_part(&key, &id, 1, &[Bytes::from_static(PROBE)]).await?;
             match self.complete_upload(&key, &id, &[part], true).await {
                 Ok(()) => Ok(false),
+                Err(refused) if refused.reply == Reply::Unclear => Ok(false),
                 Err(refused) if refused.reply == Reply::Exists => Ok(true),
                 Err(refused) if refused.reply == Reply::NotImplemented => Ok(false),
                 Err(refused) => Err(refused),

@@ -33,6 +33,7 @@ struct Object<'a> {
     stored_crc32: u32,
     raw_crc32: Option<u32>,
     put_id: String,
+    storage_class: Option<StorageClass>,
 }
 
 impl Shared {
@@ -44,12 +45,28 @@ impl Shared {
             stored_crc32: facts.stored_crc32.unwrap_or_else(|| body::crc32(parts)),
             raw_crc32: facts.raw_crc32,
             put_id: new_put_id(),
+            storage_class: storage_class(key, &self.options),
         };
         let stored = match self.honours_conditional_put().await? {
             true => self.put_conditionally(&object).await,
             false => self.put_checked(&object).await,
         };
         stored.map_err(|refused| self.error(Action::Put, Some(key), refused))
+    }
+
+    /// Stores a small object, whatever has its name, to see whether the store knows a class.
+    pub(super) async fn put_with_class(&self, key: &Key, body: &Bytes, class: &str) -> Result<(), Refusal> {
+        let parts = std::slice::from_ref(body);
+        let object = Object {
+            key,
+            parts,
+            bytes: body.len() as u64,
+            stored_crc32: body::crc32(parts),
+            raw_crc32: None,
+            put_id: new_put_id(),
+            storage_class: Some(StorageClass::from(class)),
+        };
+        self.put_object(&object, false).await
     }
 
     async fn put_conditionally(&self, object: &Object<'_>) -> Result<(), Refusal> {
@@ -85,7 +102,7 @@ impl Shared {
                 .key(self.name(object.key))
                 .content_length(object.bytes as i64)
                 .metadata(PUT_ID, &object.put_id)
-                .set_storage_class(storage_class(object.key, &self.options));
+                .set_storage_class(object.storage_class.clone());
             if conditional {
                 put = put.if_none_match("*");
             }

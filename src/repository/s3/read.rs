@@ -105,7 +105,9 @@ impl Shared {
             get.config_override(aws_sdk_s3::Config::builder().timeout_config(deadlines(0))).send()
         };
         let output = self.send(Action::Get, get).await.map_err(|refused| match refused.kind {
-            StoreErrorKind::Corrupt => Refusal::new(StoreErrorKind::Corrupt, format!("{}: {}", asked(range), refused.cause)),
+            StoreErrorKind::Corrupt => {
+                Refusal::new(StoreErrorKind::Corrupt, format!("{}: {}", asked(range), refused.cause))
+            }
             _ => refused,
         })?;
         let bytes = output.content_length().and_then(|bytes| u64::try_from(bytes).ok()).ok_or_else(not_s3)?;
@@ -119,8 +121,13 @@ impl Shared {
             None if range.start == 0 && bytes == wanted => {}
             None if range.end > bytes => return Err(short(range, bytes)),
             None => {
-                return Err(Refusal::new(StoreErrorKind::Misconfigured, "the store sends whole objects when asked for a range")
-                    .hinted("restoring needs ranges (RFC 9110, section 14): use another store, or mend what stands between"));
+                return Err(Refusal::new(
+                    StoreErrorKind::Misconfigured,
+                    "the store sends whole objects when asked for a range",
+                )
+                .hinted(
+                    "restoring needs ranges (RFC 9110, section 14): use another store, or mend what stands between",
+                ));
             }
         }
         Ok(collect(output.body, wanted).await)
@@ -151,7 +158,10 @@ impl Shared {
                 }
                 (true, Some(next)) if token.as_ref() != Some(&next) => Some(next),
                 (true, _) => {
-                    return Err(Refusal::new(StoreErrorKind::Unavailable, "the listing is cut off, and cannot be continued"));
+                    return Err(Refusal::new(
+                        StoreErrorKind::Unavailable,
+                        "the listing is cut off, and cannot be continued",
+                    ));
                 }
             };
         }
@@ -262,7 +272,6 @@ pub(super) fn not_s3() -> Refusal {
         .hinted("does `endpoint` name an S3 store (scheme, host, port), and not a console, a proxy or a web server?")
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -283,8 +292,7 @@ mod tests {
             .common_prefixes(CommonPrefix::builder().prefix("p/../").build())
             .build();
         let entries = entries_of(&page, "p/").unwrap();
-        let expected =
-            [Entry::Directory("d".to_string()), Entry::Object { name: "a+b c".to_string(), bytes: 3 }];
+        let expected = [Entry::Directory("d".to_string()), Entry::Object { name: "a+b c".to_string(), bytes: 3 }];
         assert_eq!(entries, expected);
     }
 

@@ -15,11 +15,7 @@ use crate::repository::{Key, StoreError};
 impl Shared {
     /// Sends what `request` makes of a client. It is made again when the first client's credentials were refused
     /// and newer ones are found.
-    pub(super) async fn send<T, E, F>(
-        &self,
-        action: Action,
-        request: impl Fn(Client) -> F,
-    ) -> Result<T, Refusal>
+    pub(super) async fn send<T, E, F>(&self, action: Action, request: impl Fn(Client) -> F) -> Result<T, Refusal>
     where
         F: Future<Output = Result<T, SdkError<E, HttpResponse>>>,
         E: ProvideErrorMetadata + Error + 'static,
