@@ -242,7 +242,7 @@ struct Met {
 
 async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failure> {
     let world = setup::world(cluster, Workers::inline());
-    let options = setup::options(cluster)?;
+    let options = setup::options(cluster, None)?;
     let backend = setup::backend(&cluster.repositories[0]);
     let mut met = meet(&world, &options).await?;
     let had_repository = has_repository(backend.as_ref()).await?;

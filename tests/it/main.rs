@@ -9,6 +9,7 @@ mod readme;
 mod servers_start;
 mod simulation;
 mod slots;
+mod spool;
 mod store_faults;
 mod support;
 mod tidy;

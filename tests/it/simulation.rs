@@ -18,7 +18,7 @@ use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
 use seawall::catalog::store::{self, Archive};
 use seawall::error::{Disposition, Failure};
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::repository::layout::{TailName, WalObject};
 use seawall::testkit::logins::ModelLogins;
@@ -184,6 +184,8 @@ impl Simulation {
             tail_interval: Duration::from_millis(rng.u64(100..6000)),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: rng.u64(1..8) * MIB / 4,
+            acknowledge: Acknowledge::Repository,
+            spool: None,
             synchronous: None,
             host: None,
         };

@@ -12,7 +12,7 @@ use seawall::archiver::Workers;
 use seawall::catalog::ledger::{FactKind, LedgerFact};
 use seawall::catalog::store::{self, Archive};
 use seawall::error::Failure;
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::testkit::logins::ModelLogins;
 use seawall::testkit::store::{FaultyStore, MemoryStore};
@@ -92,6 +92,8 @@ impl Model {
             tail_interval: Duration::from_secs(1),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: 8 * MIB,
+            acknowledge: Acknowledge::Repository,
+            spool: None,
             synchronous: None,
             host: None,
         };
