@@ -332,7 +332,7 @@ pub fn frontier_of(state: &TimelineState, size: SegmentSize) -> Option<Frontier>
 }
 
 /// The scanner's state at `boundary` on `timeline`, as the index entry of the segment before it has it.
-async fn state_before(
+pub async fn state_before(
     archive: &Archive,
     timeline: TimelineId,
     boundary: Lsn,

@@ -19,8 +19,8 @@ use crate::config::{ClusterConfig, Config, ConfigError, Sources};
 use crate::error::{ExitCode, Failure};
 use crate::postgres::{Purpose, SystemEnvironment, connect};
 use crate::replication::{Address, Connection, Login, SystemIdentity};
-use crate::repository::layout::Lineage;
 use crate::repository::StoreErrorKind;
+use crate::repository::layout::Lineage;
 use crate::wal::{Lsn, SystemId};
 
 /// What `init` shows where nothing is configured yet.
@@ -251,7 +251,7 @@ struct Met {
 
 async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failure> {
     let world = setup::world(cluster, Workers::inline());
-    let options = setup::options(cluster)?;
+    let options = setup::options(cluster, None)?;
     let mut met = meet(&world, &options).await?;
     let looks = repositories::look(&cluster.repositories, &cluster.name).await;
     // Any of them may hold what the others have to continue: nothing is written before all have answered.

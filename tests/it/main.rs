@@ -12,6 +12,7 @@ mod s3_server;
 mod servers_start;
 mod simulation;
 mod slots;
+mod spool;
 mod store_faults;
 mod support;
 mod synchronous;

@@ -21,7 +21,7 @@ use seawall::codec::Form;
 use seawall::codec::decode::ObjectDecoder;
 use seawall::codec::encrypt::{Identities, Keys, Recipients};
 use seawall::error::{Disposition, Failure};
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::repository::layout::{TailName, WalObject};
 use seawall::testkit::logins::ModelLogins;
@@ -203,6 +203,8 @@ impl Simulation {
             shutdown_grace: Duration::from_secs(10),
             // Where nothing can be read back, the budget has to hold a whole segment.
             memory_bytes: if reads_back { rng.u64(1..8) * MIB / 4 } else { size.bytes() * rng.u64(4..8) / 2 },
+            acknowledge: Acknowledge::Repository,
+            spool: None,
             synchronous: None,
             keys: if encrypts && rng.bool() { encrypted() } else { Keys::default() },
             host: None,

@@ -13,7 +13,7 @@ use seawall::catalog::ledger::{FactKind, LedgerFact};
 use seawall::catalog::store::{self, Archive};
 use seawall::codec::encrypt::Keys;
 use seawall::error::Failure;
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::testkit::logins::ModelLogins;
 use seawall::testkit::store::{FaultyStore, MemoryStore};
@@ -95,6 +95,8 @@ impl Model {
             tail_interval: Duration::from_secs(1),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: 8 * MIB,
+            acknowledge: Acknowledge::Repository,
+            spool: None,
             synchronous: None,
             keys: self.keys.clone(),
             host: None,
