@@ -51,6 +51,8 @@ pub struct DirectoryContents {
     pub conflicts: BTreeMap<SegmentName, Vec<(u32, SegmentObject)>>,
     /// Good contents of names whose object is damaged, by raw CRC.
     pub repairs: BTreeMap<SegmentName, Vec<(u32, SegmentObject)>>,
+    /// What writers announced that they would store, by raw CRC: their own affair, and nothing that is there.
+    pub raw_markers: BTreeMap<SegmentName, Vec<u32>>,
 }
 
 impl DirectoryContents {
@@ -65,6 +67,7 @@ impl DirectoryContents {
             tails: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             repairs: BTreeMap::new(),
+            raw_markers: BTreeMap::new(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::future::try_join;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -420,7 +421,7 @@ impl Archive {
             let tails = self.tails(name, size).await?;
             // A store may show a directory for a moment longer than its last object.
             if tails.is_empty() && !contents.segments.contains_key(&name) {
-                if self.segment_object(name).await?.is_some() {
+                if !self.segment_objects(name).await?.is_empty() {
                     return Ok(None);
                 }
                 continue;
@@ -512,14 +513,13 @@ impl Archive {
         self.index_file(name, bytes, WalDirectory::of(name.first), size).await
     }
 
-    /// The object of a segment, under whichever of its two names it is.
-    pub async fn segment_object(&self, name: SegmentName) -> Result<Option<SegmentObject>, CatalogError> {
-        for form in [self.form(), other(self.form())] {
-            if let Some(stored_bytes) = self.backend.stat(&self.lineage.segment(name, form)).await? {
-                return Ok(Some(SegmentObject { form, stored_bytes }));
-            }
-        }
-        Ok(None)
+    /// The objects of a segment under its two names: one at most, unless somebody else has been there.
+    pub async fn segment_objects(&self, name: SegmentName) -> Result<Vec<SegmentObject>, CatalogError> {
+        let (plain, encrypted) = (self.lineage.segment(name, Form::Plain), self.lineage.segment(name, Form::Encrypted));
+        let (plain, encrypted) = try_join(self.backend.stat(&plain), self.backend.stat(&encrypted)).await?;
+        let plain = plain.map(|stored_bytes| SegmentObject { form: Form::Plain, stored_bytes });
+        let encrypted = encrypted.map(|stored_bytes| SegmentObject { form: Form::Encrypted, stored_bytes });
+        Ok(plain.into_iter().chain(encrypted).collect())
     }
 
     /// Reads a segment's object through: what is really there. Damage is `StoreErrorKind::Corrupt`.
@@ -643,13 +643,6 @@ impl Archive {
     }
 }
 
-fn other(form: Form) -> Form {
-    match form {
-        Form::Plain => Form::Encrypted,
-        Form::Encrypted => Form::Plain,
-    }
-}
-
 fn tails_of(contents: &DirectoryContents, name: &str) -> impl Iterator<Item = WalObject> + use<> {
     let belongs = |object: &WalObject| matches!(object, WalObject::Tails(segment) if WalDirectory::of(*segment) == contents.directory);
     WalObject::parse(name).filter(belongs).into_iter()
@@ -677,8 +670,8 @@ fn add_object(contents: &mut DirectoryContents, name: &str, bytes: u64) {
         WalObject::Repair(segment, crc, form) => {
             contents.repairs.entry(segment).or_default().push((crc, stored(form)));
         }
-        WalObject::RawMarker(..) => {} // a writer's affair
-        WalObject::Tails(_) => {}      // an object by a directory's name
+        WalObject::RawMarker(segment, crc) => contents.raw_markers.entry(segment).or_default().push(crc),
+        WalObject::Tails(_) => {} // an object by a directory's name
     }
 }
 

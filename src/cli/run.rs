@@ -16,11 +16,15 @@ use crate::wal::Lsn;
 
 pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     let clusters = setup::clusters(global)?;
+    let spool = setup::spool_share(global)?;
     let workers = Workers::threads(setup::cores());
     let assignments: Vec<Assignment> = clusters
         .iter()
         .map(|cluster| {
-            Ok(Assignment { world: setup::world(cluster, workers.clone()), options: setup::options(cluster)? })
+            Ok(Assignment {
+                world: setup::world(cluster, workers.clone()),
+                options: setup::options(cluster, spool.clone())?,
+            })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {

@@ -12,12 +12,14 @@ use tokio::runtime;
 use super::args::Global;
 use crate::agent::world::{ClusterOptions, LoginSource, World};
 use crate::archiver::Workers;
+use crate::codec::encrypt::Keys;
 use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
 use crate::repository::{Backend, LocalBackend, S3Backend, StoreErrorKind};
+use crate::spool::SpoolOptions;
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -44,6 +46,18 @@ pub fn clusters(global: &Global) -> Result<Vec<ClusterConfig>, Failure> {
         Some(name) => Ok(vec![loaded.config.cluster(Some(name))?.clone()]),
         None => Ok(loaded.config.clusters),
     }
+}
+
+/// Each cluster's share of the spool: all that are configured have one, also those another process serves.
+pub fn spool_share(global: &Global) -> Result<Option<SpoolOptions>, Failure> {
+    let flags = global.flags();
+    let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
+    let config = Config::load(sources)?.config;
+    let share = |bytes: u64| bytes / config.clusters.len() as u64;
+    Ok(config
+        .spool
+        .as_ref()
+        .map(|spool| SpoolOptions { path: spool.path.clone(), limit_bytes: share(spool.limit_bytes) }))
 }
 
 /// The one cluster a verb is about.
@@ -82,14 +96,17 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
     }
 }
 
-pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
+pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<ClusterOptions, Failure> {
     Ok(ClusterOptions {
         name: cluster.name.clone(),
         slot: slot_name(cluster)?,
         tail_interval: cluster.tail_interval,
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
+        acknowledge: cluster.acknowledge,
+        spool,
         synchronous: cluster.synchronous,
+        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: None },
         host: host_name(),
     })
 }

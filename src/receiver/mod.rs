@@ -468,6 +468,10 @@ impl<'a> Receiver<'a> {
                 if paused { "pauses: the repository is behind" } else { "goes on" }
             );
             self.wiring.activity.send_replace(if paused { Activity::Paused } else { Activity::Streaming });
+            if paused {
+                // What becomes a tail can leave memory.
+                self.cut(false);
+            }
         }
     }
 

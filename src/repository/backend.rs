@@ -167,6 +167,8 @@ pub enum StoreErrorKind {
     Credentials,
     /// What was configured cannot work there: another region, not an S3 store, no conditional writes.
     Misconfigured,
+    /// What was to be stored is no longer what it was: not the store's fault. It is received again.
+    SourceLost,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
@@ -232,6 +234,9 @@ impl Advice for StoreError {
                 "renew the credentials where seawall finds them; it looks again by itself and goes on"
             }
             StoreErrorKind::Misconfigured => "compare the repository's settings with what the store expects",
+            StoreErrorKind::SourceLost => {
+                "is the spool's disk in order? The WAL is received again as far as the server still has it"
+            }
             StoreErrorKind::Unsupported => return None,
         };
         Some(text.to_string())
@@ -241,6 +246,7 @@ impl Advice for StoreError {
         match self.kind {
             StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => Disposition::Stop,
             StoreErrorKind::Unavailable | StoreErrorKind::NotFound => Disposition::Retry,
+            StoreErrorKind::SourceLost => Disposition::Reconnect,
             _ => Disposition::Operator,
         }
     }

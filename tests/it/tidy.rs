@@ -24,6 +24,10 @@ const PURE: &[&str] = &[
     "src/replication/message.rs",
     "src/replication/command.rs",
     "src/replication/framing.rs",
+    "src/replication/security.rs",
+    "src/replication/tls/names.rs",
+    "src/replication/tls/certificate.rs",
+    "src/replication/tls/fault.rs",
     "src/archiver/queue.rs",
     "src/archiver/tail.rs",
     "src/catalog/index.rs",
@@ -38,6 +42,7 @@ const IMPURE: &[&str] =
 const ADDRESSES: &[(&str, &[&str])] = &[
     ("clap", &["src/cli/", "src/main.rs"]),
     ("rustls", &["src/replication/", "src/repository/s3/"]),
+    ("webpki", &["src/replication/"]),
     ("tokio_rustls", &["src/replication/"]),
     ("toml", &["src/config/"]),
     ("zstd", &["src/codec/"]),

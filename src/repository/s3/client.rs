@@ -111,7 +111,11 @@ impl Shared {
             return Ok(connection);
         }
         *built = Some(Instant::now());
-        self.build(1).await
+        let connection = self.build(1).await?;
+        if let Some(endpoint) = self.options.endpoint.as_deref().filter(|endpoint| super::is_open_wire(endpoint)) {
+            tracing::warn!(endpoint, "the store is reached without encryption: use an https endpoint");
+        }
+        Ok(connection)
     }
 
     /// A newer client than `refused`, where one can be had now: the sources of credentials and certificates are read

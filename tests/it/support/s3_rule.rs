@@ -179,12 +179,14 @@ pub struct Rule {
     key_part: Option<String>,
     skip: u64,
     times: u64,
+    every: u64,
+    met: u64,
 }
 
 impl Rule {
     /// Every request, for ever.
     pub fn new(fault: Fault) -> Rule {
-        Rule { fault, operations: Vec::new(), key_part: None, skip: 0, times: u64::MAX }
+        Rule { fault, operations: Vec::new(), key_part: None, skip: 0, times: u64::MAX, every: 1, met: 0 }
     }
 
     /// Only this operation; said several times, any of them.
@@ -218,13 +220,20 @@ impl Rule {
         self
     }
 
+    /// Only each so-manieth that it would meet.
+    pub fn every(mut self, requests: u64) -> Rule {
+        self.every = requests;
+        self
+    }
+
     /// Counts what it fits.
     pub fn meets(&mut self, operation: Operation, key: &str) -> bool {
         let fits = (self.operations.is_empty() || self.operations.contains(&operation))
             && self.key_part.as_ref().is_none_or(|part| key.contains(part.as_str()));
         let is_skipped = fits && self.skip > 0;
         self.skip -= u64::from(is_skipped);
-        let meets = fits && !is_skipped && self.times > 0;
+        self.met += u64::from(fits && !is_skipped);
+        let meets = fits && !is_skipped && self.met.is_multiple_of(self.every) && self.times > 0;
         self.times -= u64::from(meets);
         meets
     }
