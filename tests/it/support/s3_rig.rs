@@ -12,7 +12,7 @@ use seawall::agent::startup::frontier_of;
 use seawall::catalog::store::{self, Archive};
 use seawall::continuity::{self, GapState};
 use seawall::repository::Key;
-use seawall::restore::wal_get::{Outcome, PathChoice, WalGet};
+use seawall::restore::wal_get::{Holder, Outcome, PathChoice, WalGet};
 use seawall::testkit::store::MemoryStore;
 use seawall::wal::{Lsn, TimelineId};
 
@@ -81,6 +81,11 @@ impl S3Rig<'_> {
         let new = self.scratch.join("credentials.new");
         fs::write(&new, text).expect("a test's file can be written");
         fs::rename(&new, self.credentials_file()).expect("our file can be renamed");
+    }
+
+    /// A file that names nobody.
+    pub fn write_no_credentials(&self) {
+        fs::write(self.credentials_file(), "[default]\n").expect("a test's file can be written");
     }
 
     fn config(&self) -> PathBuf {
@@ -189,7 +194,8 @@ impl S3Rig<'_> {
         let catalog = wait_for(archive.load_catalog()).expect("the catalog can be read");
         let open: Vec<_> = continuity::gaps(&catalog).into_iter().filter(|gap| gap.state == GapState::Open).collect();
         assert!(open.is_empty(), "{}: {open:#?}", self.slot);
-        let reader = WalGet::new(archive, PathChoice::Latest);
+        let holder = Holder { repository: "offsite".to_owned(), archive };
+        let reader = WalGet::new(vec![holder], PathChoice::Latest);
         self.compare(|name, to| {
             let outcome = wait_for(reader.get(name, to)).unwrap_or_else(|error| panic!("{}: {error}", self.slot));
             outcome == Outcome::Delivered
