@@ -9,7 +9,7 @@ use crate::support::agent::Agent;
 use crate::support::postgres::{self, Builder, Server};
 use crate::support::process::eventually;
 use crate::support::rig::PATIENCE;
-use crate::support::s3::{self, ACCESS_KEY, Fault, Operation, Rule, S3Server, SECRET_KEY, s3_answer};
+use crate::support::s3::{self, ACCESS_KEY, Fault, Operation, Rule, S3Server, SECRET_KEY, Unfinished, s3_answer};
 use crate::support::s3_rig::{Reach, S3Rig, ended};
 use crate::support::s3_stores::{self, Store};
 
@@ -88,7 +88,7 @@ const REFUSED: &[Refused] = &[
     },
     Refused {
         name: "no_credentials",
-        wrong: |_, rig| rig.write_credentials("", ""),
+        wrong: |_, rig| rig.write_no_credentials(),
         code: 77,
         words: &["no usable credentials", "AWS_ACCESS_KEY_ID"],
     },
@@ -193,6 +193,14 @@ struct Outlived {
 
 const NOTICED: &str = "the repository does not take WAL";
 
+/// What `status` finds out for itself, and says.
+const SEEN_BY_STATUS: &[(&str, &str)] = &[
+    ("bucket_gone", "NoSuchBucket"),
+    ("down", "refused"),
+    ("html", "S3 store"),
+    ("removed_key", "InvalidAccessKeyId"),
+];
+
 fn every_request(fault: Fault) -> impl Fn(&S3Server) {
     move |store| {
         store.fault(Rule::new(fault.clone()));
@@ -223,7 +231,13 @@ const OUTLIVED: &[Outlived] = &[
     },
     // What an agent reads while it writes, it may do without for a while; then it says so or goes on.
     Outlived { name: "denied_get", fault: |store, _| store.deny("s3:GetObject"), words: &[], cure: None },
-    Outlived { name: "denied_list", fault: |store, _| store.deny("s3:ListBucket"), words: &[], cure: None },
+    // Without it S3 says "denied" for what is not there, so that every look for a name is refused.
+    Outlived {
+        name: "denied_list",
+        fault: |store, _| store.deny("s3:ListBucket"),
+        words: &[NOTICED, "s3:ListBucket"],
+        cure: None,
+    },
     // A writer needs no right to delete: its tails stay.
     Outlived { name: "denied_delete", fault: |store, _| store.deny("s3:DeleteObject"), words: &[], cure: None },
     Outlived {
@@ -492,6 +506,13 @@ fn outlive<'a>(server: &'a Server, case: &Outlived) -> Archiving<'a> {
         agent.wait_for_log(words, PATIENCE);
         rig.assert_promise(&store);
     }
+    if let Some((_, words)) = SEEN_BY_STATUS.iter().find(|(name, _)| *name == case.name) {
+        let output = rig.run(&["status"]);
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert_ne!(output.status.code(), Some(0), "{}: {said}", case.name);
+        assert!(said.contains(words), "{}: no {words:?} in {said}", case.name);
+    }
     if case.words.is_empty() {
         // Through the end of a segment and the beginning of the next: every kind of request.
         for _ in 0..2 {
@@ -539,6 +560,8 @@ fn elsewhere<'a>(server: &'a Server, name: &str, store: Store, settings: &str) -
     Some(Archiving { rig, agent, held: Held::Elsewhere(store) })
 }
 
+const HOUR: Duration = Duration::from_secs(3600);
+
 // --- Killed --------------------------------------------------------------------------------------------------------
 
 /// Large segments that do not shrink, and little memory: they are uploaded in parts while they are written.
@@ -566,14 +589,17 @@ fn an_agent_killed_in_the_middle_of_an_upload_leaves_nothing_that_counts() {
         if round == 2 {
             // Two days pass for what was abandoned.
             for upload in store.content().buckets.get_mut(s3::BUCKET).expect("it is there").uploads.values_mut() {
-                upload.initiated = SystemTime::now() - Duration::from_secs(48 * 3600);
+                upload.initiated = SystemTime::now() - 48 * HOUR;
             }
         }
         agent = rig.start();
         rig.wait_archived(&mut agent);
         rig.assert_promise(&store);
         if round == 2 {
-            eventually(PATIENCE, "abandoned uploads are aborted", || store.unfinished().is_empty().then_some(()));
+            // It may have begun one of its own by now.
+            let is_old = |upload: &Unfinished| upload.initiated.elapsed().is_ok_and(|age| age > HOUR);
+            let is_clean = || !store.unfinished().iter().any(is_old);
+            eventually(PATIENCE, "abandoned uploads are aborted", || is_clean().then_some(()));
         }
     }
     assert!(agent.terminate(PATIENCE).success());

@@ -10,6 +10,7 @@ use bytes::Bytes;
 
 use super::answer::{Action, Refusal, Reply};
 use super::client::{Shared, deadlines};
+use super::read::not_s3;
 use super::{Checksum, S3Options, ServerSideEncryption, body};
 use crate::repository::{Facts, Key, StoreError, StoreErrorKind};
 
@@ -122,7 +123,9 @@ impl Shared {
             }
             put.config_override(aws_sdk_s3::Config::builder().timeout_config(deadlines(object.bytes))).send()
         };
-        self.send(Action::Put, put).await.map(drop)
+        let output = self.send(Action::Put, put).await?;
+        // "200" says every proxy and every captive portal: an S3 store says what it has stored.
+        output.e_tag().map(drop).ok_or_else(not_s3)
     }
 }
 

@@ -45,6 +45,7 @@ impl Shared {
             Err(refused) if refused.kind != StoreErrorKind::Unavailable => return self.head_by_get(key).await,
             Err(refused) => return Err(refused),
         };
+        output.e_tag().ok_or_else(not_s3)?;
         let metadata = |name: &str| output.metadata().and_then(|all| all.get(name)).cloned();
         let bytes = output.content_length().and_then(|bytes| u64::try_from(bytes).ok());
         Ok(Some(Head {
@@ -68,6 +69,7 @@ impl Shared {
             }
             Err(refused) => return Err(refused),
         };
+        output.e_tag().ok_or_else(not_s3)?;
         let metadata = |name: &str| output.metadata().and_then(|all| all.get(name)).cloned();
         let total = output.content_range().and_then(|range| range.rsplit_once('/')?.1.parse().ok());
         let whole = output.content_length().and_then(|bytes| u64::try_from(bytes).ok());
@@ -110,6 +112,8 @@ impl Shared {
             }
             _ => refused,
         })?;
+        // Every object of an S3 store has an entity tag; a page that answers to everything mostly has none.
+        output.e_tag().ok_or_else(not_s3)?;
         let bytes = output.content_length().and_then(|bytes| u64::try_from(bytes).ok()).ok_or_else(not_s3)?;
         match output.content_range() {
             Some(got) if got.starts_with(&format!("bytes {}-", range.start)) && bytes == wanted => {}

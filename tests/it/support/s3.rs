@@ -36,7 +36,7 @@ pub use super::s3_http::Answer;
 use super::s3_http::{Head, Wire};
 use super::s3_memory::Memory;
 pub use super::s3_memory::{Content, Stored, Unfinished};
-pub use super::s3_rule::{Fault, Operation, Rule, s3_answer};
+pub use super::s3_rule::{Fault, Operation, Rule, s3_answer, s3_answer_saying};
 
 pub const BUCKET: &str = "archive";
 pub const ACCESS_KEY: &str = "seawall-access";
@@ -543,7 +543,7 @@ fn refusal(head: &Head, state: &State) -> Option<Answer> {
     if signed == region {
         return None;
     }
-    let mut answer = s3_answer(400, "AuthorizationHeaderMalformed", &format!("<Region>{region}</Region>"));
-    answer.headers.push(("x-amz-bucket-region".into(), region.clone()));
-    Some(answer)
+    let message =
+        format!("The authorization header is malformed; the region '{signed}' is wrong; expecting '{region}'");
+    Some(s3_answer_saying(400, "AuthorizationHeaderMalformed", &message, &format!("<Region>{region}</Region>")))
 }

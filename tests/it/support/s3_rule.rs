@@ -163,8 +163,12 @@ impl Fault {
 
 /// An S3 error document in its envelope.
 pub fn s3_answer(status: u16, code: &str, elements: &str) -> Answer {
+    s3_answer_saying(status, code, &format!("told to answer {code}"), elements)
+}
+
+pub fn s3_answer_saying(status: u16, code: &str, message: &str, elements: &str) -> Answer {
     let body = format!(
-        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>told to answer {code}</Message>\
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>{message}</Message>\
          {elements}<RequestId>TEST</RequestId></Error>"
     );
     let headers = vec![("content-type".to_owned(), "application/xml".to_owned())];
