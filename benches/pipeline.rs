@@ -129,6 +129,7 @@ fn options() -> ClusterOptions {
         tail_interval: Duration::from_secs(5),
         shutdown_grace: Duration::from_secs(10),
         memory_bytes: 32 << 20,
+        synchronous: None,
         keys: Keys::default(),
         host: None,
     }

@@ -16,7 +16,9 @@ use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth
 use crate::catalog::DirectoryContents;
 use crate::catalog::store::{Archive, CatalogError};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
+use crate::receiver::{
+    Acknowledge, Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring,
+};
 use crate::replication::{Address, Connection};
 use crate::repository::layout::{Epoch, WalDirectory};
 use crate::wal::{Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
@@ -67,7 +69,8 @@ pub async fn run(
     watching: impl FnOnce(Watched),
 ) -> Ended {
     let frontier = &assignment.frontier;
-    let progress = Progress::new(frontier.segment_start, vec![frontier.stored()], 1, assignment.slot_restart);
+    let stored = vec![frontier.stored()];
+    let progress = Progress::new(frontier.segment_start, stored, 1, Acknowledge::Repository, assignment.slot_restart);
     let watched = Watched {
         progress: Arc::new(watch::Sender::new(progress)),
         activity: Arc::new(watch::Sender::new(Activity::Streaming)),
@@ -103,8 +106,9 @@ pub async fn run(
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
-    let warning = synchronous::warn(world.clone(), options.clone(), assignment.address.clone());
-    let warning = AbortOnDropHandle::new(tokio::spawn(warning));
+    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
+    let looking = synchronous::watch(world.clone(), options.clone(), assignment.address.clone(), is_synchronous);
+    let looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let wiring = Wiring {
         pieces,
         progress: watched.progress.clone(),
@@ -112,12 +116,13 @@ pub async fn run(
         stop: stop.clone(),
         server_stopping,
         activity: watched.activity.clone(),
+        synchronous,
         clock: world.clock.clone(),
     };
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
     let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring).run().await;
     // A stopping server waits for every walsender's connection, whatever the archiver still has to do.
-    drop((sentinel, warning));
+    drop((sentinel, looking));
     match &received {
         Ok(_) => connection.close().await,
         Err(_) => drop(connection),

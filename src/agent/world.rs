@@ -44,6 +44,8 @@ pub struct ClusterOptions {
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
+    /// Whether commits on the server wait for this archive; `None`: as the server says.
+    pub synchronous: Option<bool>,
     /// What new objects are encrypted to. Identities are not needed to write.
     pub keys: Keys,
     /// Recorded in `writers/<epoch>.json`.

@@ -12,19 +12,23 @@ mod index;
 mod push;
 mod queue;
 mod segment;
+mod spooling;
 mod tail;
 mod workers;
 mod writer;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::{Mutex, mpsc, watch};
+use tokio::time::Instant;
 
 pub use encode::{Encoded, run_encoding};
+pub use spooling::{SpoolHealth, Spooling, SpoolingOptions};
 pub use workers::Workers;
 pub use writer::{ArchiveError, StoreHealth, Writer};
 
@@ -54,6 +58,9 @@ pub struct ArchiverOptions {
 
 /// Segments stored at once: more only helps where a store answers slowly and has the bandwidth for it.
 const PUSHES_MAX: usize = 4;
+/// Superfluous objects are deleted when there are this many, or the first has waited this long.
+const CLEANED_AT_ONCE: usize = 64;
+const CLEANING_DELAY: Duration = Duration::from_secs(1);
 /// Index entries per object; also bounds what one failed put has to repeat.
 const INDEX_BATCH_MAX: usize = 64;
 
@@ -79,6 +86,8 @@ pub struct Archiver {
     groups: IndexGroups,
     /// Objects that newer ones made superfluous.
     superfluous: Vec<Key>,
+    /// When they are deleted at the latest.
+    clean_at: Option<Instant>,
     jobs: FuturesUnordered<BoxFuture<'static, Result<Done, ArchiveError>>>,
     running: Running,
 }
@@ -143,6 +152,7 @@ impl Archiver {
             tails,
             cut: None,
             superfluous: Vec::new(),
+            clean_at: None,
             markers: BTreeMap::new(),
             entries: BTreeMap::new(),
             next_to_index: first,
@@ -185,6 +195,7 @@ impl Archiver {
             if !open && self.jobs.is_empty() {
                 return Ok(());
             }
+            let clean_at = self.clean_at.unwrap_or_else(Instant::now);
             tokio::select! {
                 biased;
                 Some(done) = self.jobs.next(), if !self.jobs.is_empty() => self.handle_done(done?),
@@ -192,6 +203,7 @@ impl Archiver {
                     Some(encoded) => self.handle_encoded(encoded),
                     None => open = false,
                 },
+                () = tokio::time::sleep_until(clean_at), if open && self.clean_at.is_some() => {}
             }
         }
     }
@@ -306,7 +318,7 @@ impl Archiver {
         if open {
             self.start_compaction();
         }
-        self.start_cleaning();
+        self.start_cleaning(open);
     }
 
     /// Moves frames out of memory into an unfinished upload: of a segment that holds more than a quarter of the
@@ -489,18 +501,22 @@ impl Archiver {
     }
 
     /// Deletes what newer objects made superfluous. One attempt: what stays is `expire`'s to delete.
-    fn start_cleaning(&mut self) {
+    fn start_cleaning(&mut self, open: bool) {
         if self.running.cleaning || self.superfluous.is_empty() {
             return;
         }
+        // A writer of one tail after the other gathers them: deleting holds up a disk's journal, and costs requests.
+        let clean_at = *self.clean_at.get_or_insert_with(|| Instant::now() + CLEANING_DELAY);
+        if open && self.superfluous.len() < CLEANED_AT_ONCE && Instant::now() < clean_at {
+            return;
+        }
+        self.clean_at = None;
         let keys = std::mem::take(&mut self.superfluous);
         let writer = self.writer.clone();
         self.running.cleaning = true;
         self.jobs.push(Box::pin(async move {
-            for key in keys {
-                if let Err(error) = writer.archive.backend.delete(&key).await {
-                    tracing::debug!(%error, "a superfluous object stays");
-                }
+            if let Err(error) = writer.archive.backend.delete_all(&keys).await {
+                tracing::debug!(%error, "superfluous objects stay");
             }
             Ok(Done::Cleaned)
         }));

@@ -55,8 +55,7 @@ pub async fn push_segment(
     // before the bytes are spent on it.
     let taken = writer.retry(|| writer.archive.segment_objects(name)).await?;
     let (stored, marker) = if taken.is_empty() {
-        let marker = announce(writer, name, &segment, raw_crc32).await?;
-        (store_segment(writer, making, name, size, segment, raw_crc32).await?, marker)
+        store_segment(writer, making, name, size, segment, raw_crc32).await?
     } else {
         let ours = Ours { raw_crc32, stored: None };
         let stored = settle(writer, name, size, &ours, copy_of(writer, making, &segment)).await?;
@@ -79,23 +78,19 @@ pub async fn push_segment(
 
 /// Says what an encrypted object is going to hold where the object itself cannot: before it is there, so that nobody
 /// ever finds it without.
-async fn announce(
-    writer: &Writer,
-    name: SegmentName,
-    segment: &Segment,
-    raw_crc32: u32,
-) -> Result<Option<Key>, ArchiveError> {
-    let backend = &writer.archive.backend;
-    let says_itself = backend.keeps_facts() && segment.upload.is_none();
-    if writer.archive.form() == Form::Plain || says_itself {
+async fn announce(writer: &Writer, name: SegmentName, raw_crc32: u32) -> Result<Option<Key>, ArchiveError> {
+    if writer.archive.form() == Form::Plain {
         return Ok(None);
     }
     let marker = writer.archive.lineage.raw_marker(name, raw_crc32);
-    match writer.retry(|| backend.put_new(&marker, &[])).await {
+    match writer.retry(|| writer.archive.backend.put_new(&marker, &[])).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(Some(marker)),
         put => put.map(|()| Some(marker)),
     }
 }
+
+/// What was stored, and the marker that is superfluous once it is indexed.
+type Stored = (StoredObject, Option<Key>);
 
 async fn store_segment(
     writer: &Writer,
@@ -104,33 +99,68 @@ async fn store_segment(
     size: SegmentSize,
     segment: Segment,
     raw_crc32: u32,
-) -> Result<StoredObject, ArchiveError> {
-    let archive = &writer.archive;
-    let key = archive.lineage.segment(name, archive.form());
-    if let Some(upload) = &segment.upload {
-        let (completed, (stored_bytes, stored_crc32)) = complete_upload(writer, making, upload, &segment).await?;
-        let ours = StoredObject { stored_bytes, stored_crc32, raw_crc32: Some(raw_crc32) };
-        return match completed {
-            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
-                let compared = Ours { raw_crc32, stored: Some(ours) };
-                settle(writer, name, size, &compared, copy_of(writer, making, &segment)).await
-            }
-            completed => completed.map(|()| ours),
-        };
+) -> Result<Stored, ArchiveError> {
+    if segment.upload.is_none()
+        && let Some(stored) = store_from_memory(writer, making, name, size, &segment, raw_crc32).await?
+    {
+        return Ok(stored);
     }
-    let recipients = archive.keys.recipients.as_ref();
-    let body = Body::new(segment.into_held(), recipients, &making.workers, &making.memory).await?;
-    let facts = body.facts(archive.form(), raw_crc32);
-    let ours =
-        StoredObject { stored_bytes: body.stored_bytes, stored_crc32: body.stored_crc32, raw_crc32: Some(raw_crc32) };
-    match writer.retry(|| archive.backend.put_new_with(&key, &body.parts, &facts)).await {
-        // Our own success whose answer was lost, or a stranger's object: the content decides.
+    let upload = segment.upload.clone().unwrap_or_default();
+    let key = writer.archive.lineage.segment(name, writer.archive.form());
+    let marker = announce(writer, name, raw_crc32).await?;
+    begin_upload(writer, &upload, &key).await?;
+    let (completed, (stored_bytes, stored_crc32)) = complete_upload(writer, making, &upload, &segment).await?;
+    let ours = StoredObject { stored_bytes, stored_crc32, raw_crc32: Some(raw_crc32) };
+    let stored = match completed {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
             let compared = Ours { raw_crc32, stored: Some(ours) };
-            settle(writer, name, size, &compared, async { Ok(Some(body)) }).await
+            settle(writer, name, size, &compared, copy_of(writer, making, &segment)).await?
         }
-        put => put.map(|()| ours),
+        completed => completed.map(|()| ours)?,
+    };
+    Ok((stored, marker))
+}
+
+/// Stores a segment in one go, as long as all of it is in memory (`None`: it is not). While the store does not answer
+/// nothing is held between two attempts, so that frames can leave for the spool; once one has, the segment is stored
+/// piece by piece: read back whole, a backlog's segments would be the memory the spool was to save.
+async fn store_from_memory(
+    writer: &Writer,
+    making: &Making,
+    name: SegmentName,
+    size: SegmentSize,
+    segment: &Segment,
+    raw_crc32: u32,
+) -> Result<Option<Stored>, ArchiveError> {
+    let archive = &writer.archive;
+    let key = archive.lineage.segment(name, archive.form());
+    let marker = match archive.backend.keeps_facts() {
+        true => None,
+        false => announce(writer, name, raw_crc32).await?,
+    };
+    let mut delays = Delays::new();
+    while segment.is_in_memory() {
+        let (pieces, recipients) = (segment.clone().into_held(), archive.keys.recipients.as_ref());
+        let body = Body::new(pieces, recipients, &making.workers, &making.memory).await?;
+        let (stored_bytes, stored_crc32) = (body.stored_bytes, body.stored_crc32);
+        let ours = StoredObject { stored_bytes, stored_crc32, raw_crc32: Some(raw_crc32) };
+        let facts = body.facts(archive.form(), raw_crc32);
+        match writer.call_once(archive.backend.put_new_with(&key, &body.parts, &facts)).await {
+            Ok(()) => return Ok(Some((ours, marker))),
+            // Our own success whose answer was lost, or a stranger's object: the content decides.
+            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
+                let compared = Ours { raw_crc32, stored: Some(ours) };
+                let stored = settle(writer, name, size, &compared, async { Ok(Some(body)) }).await?;
+                return Ok(Some((stored, marker)));
+            }
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => {
+                drop(body);
+                writer.wait(&mut delays).await?;
+            }
+            Err(error) => return Err(error),
+        }
     }
+    Ok(None)
 }
 
 /// Appends what is left and gives the object its name; tells its length and CRC-32 also where that name is taken.
@@ -268,22 +298,28 @@ pub async fn push_tail(
 ) -> Result<TailName, ArchiveError> {
     writer.confirm_epoch(first_of_segment).await?;
     let archive = &writer.archive;
-    let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, &making.workers)).await?;
-    drop(segment);
     let recipients = archive.keys.recipients.as_ref();
-    let body = Body::new(parts.pieces, recipients, &making.workers, &making.memory).await?;
-    let tail = TailName {
-        epoch: writer.epoch,
-        from: plan.from,
-        to: plan.to,
-        raw_crc32: parts.raw_crc32,
-        last_commit: cut.last_commit,
-        form: archive.form(),
-    };
-    let (key, facts) = (archive.lineage.tail(name, &tail), body.facts(tail.form, tail.raw_crc32));
-    match writer.retry(|| archive.backend.put_new_with(&key, &body.parts, &facts)).await {
-        // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
-        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(tail),
-        other => other.map(|()| tail),
+    let mut delays = Delays::new();
+    loop {
+        // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
+        let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, &making.workers)).await?;
+        let body = Body::new(parts.pieces, recipients, &making.workers, &making.memory).await?;
+        let tail = TailName {
+            epoch: writer.epoch,
+            from: plan.from,
+            to: plan.to,
+            raw_crc32: parts.raw_crc32,
+            last_commit: cut.last_commit,
+            form: archive.form(),
+        };
+        let (key, facts) = (archive.lineage.tail(name, &tail), body.facts(tail.form, tail.raw_crc32));
+        let put = writer.call_once(archive.backend.put_new_with(&key, &body.parts, &facts)).await;
+        drop(body);
+        match put {
+            // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
+            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => return Ok(tail),
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            stored => return stored.map(|()| tail),
+        }
     }
 }

@@ -107,8 +107,16 @@ impl Segment {
 
     /// Encoded bytes below `end` that this segment keeps in memory, of whole frames.
     pub fn held_bytes(&self, end: Lsn) -> u64 {
-        let held = self.slots.iter().filter(|slot| matches!(slot, Slot::Held(_)) && slot.end() <= end);
-        held.map(|slot| slot.stored_crc32().1).sum()
+        let held = |slot: &Slot| match slot {
+            Slot::Held(held) if held.end() <= end && held.in_memory().is_some() => held.stored_bytes,
+            _ => 0,
+        };
+        self.slots.iter().map(held).sum()
+    }
+
+    /// Whether no frame has left memory, for an upload or the spool.
+    pub fn is_in_memory(&self) -> bool {
+        self.slots.iter().all(|slot| matches!(slot, Slot::Held(held) if held.in_memory().is_some()))
     }
 
     /// From here on the bytes can still become a tail.
@@ -194,7 +202,7 @@ impl Segment {
         if at < to {
             let cut = cut.clone();
             let piece = workers
-                .run(move |encoder| {
+                .run_for(to - at, move |encoder| {
                     let partial = cut.partial.as_ref().expect("a cut behind the last whole frame brings its bytes");
                     encoder.encode(&partial.bytes()[(at - partial.start) as usize..(to - partial.start) as usize])
                 })

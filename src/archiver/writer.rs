@@ -214,5 +214,5 @@ impl Delays {
 /// Answers that come back at once: repeating the call would not change them.
 pub fn is_answer(error: &StoreError) -> bool {
     use StoreErrorKind::*;
-    matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported)
+    matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported | SourceLost)
 }

@@ -180,7 +180,7 @@ pub struct Piece {
 }
 
 impl Piece {
-    fn sealed(entry: &IndexEntry) -> Piece {
+    pub(super) fn sealed(entry: &IndexEntry) -> Piece {
         Piece {
             from: entry.start_lsn,
             to: entry.end_lsn,
@@ -191,7 +191,7 @@ impl Piece {
     }
 
     /// A tail does not say how it was proven: it follows what it extends (`continuity::runs`).
-    fn tail(link: TailLink) -> Piece {
+    pub(super) fn tail(link: TailLink) -> Piece {
         // Used only in part, its last commit may lie beyond that part.
         let last_commit = link.tail.last_commit.filter(|_| link.to == link.tail.to);
         Piece { from: link.from, to: link.to, proof: Proof::Proven, last_commit, source: Source::Tail(link.tail) }

@@ -40,7 +40,7 @@ pub struct Global {
     /// The server: a libpq connection string or URI
     #[arg(long, value_name = "CONNINFO", global = true)]
     pub postgres: Option<String>,
-    /// The repository: file:///absolute/path
+    /// The repository: file:///absolute/path or s3://bucket/prefix
     #[arg(long, value_name = "URL", global = true)]
     pub repository: Option<String>,
     /// The replication slot

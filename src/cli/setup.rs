@@ -18,7 +18,7 @@ use crate::error::{ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend};
+use crate::repository::{Backend, LocalBackend, S3Backend};
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -63,7 +63,7 @@ pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
 pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     match &repository.location {
         Location::Local(path) => Arc::new(LocalBackend::open(path.clone())),
-        Location::S3(_) => unimplemented!("S3"),
+        Location::S3(options) => Arc::new(S3Backend::open(options.clone())),
     }
 }
 
@@ -90,6 +90,7 @@ pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
         tail_interval: cluster.tail_interval,
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
+        synchronous: cluster.synchronous,
         keys: Keys { recipients: cluster.encrypt_to.clone(), identities: None },
         host: host_name(),
     })

@@ -17,7 +17,7 @@ use crate::config::ArchiveConfig;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::repository::Backend;
 use crate::repository::layout::Lineage;
-use crate::restore::wal_get::{Outcome, PathChoice, WalGet, read_system_id};
+use crate::restore::wal_get::{Holder, Outcome, PathChoice, WalGet, read_system_id};
 use crate::wal::SystemId;
 
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
@@ -38,7 +38,16 @@ async fn deliver(config: &ArchiveConfig, args: &WalGetArgs) -> Result<Outcome, F
     let backend: Arc<dyn Backend> = setup::backend(&config.repositories[0]);
     let lineage = patiently(args.patience, || lineage(backend.as_ref(), &config.cluster, args)).await?;
     let path = args.timeline.map_or(PathChoice::Latest, PathChoice::Timeline);
-    let wal_get = WalGet { patience: args.patience, ..WalGet::new(Archive::new(backend.clone(), lineage), path) };
+    let wal_get = WalGet {
+        patience: args.patience,
+        ..WalGet::new(
+            vec![Holder {
+                repository: config.repositories[0].name.clone(),
+                archive: Archive::new(backend.clone(), lineage),
+            }],
+            path,
+        )
+    };
     Ok(wal_get.get(&args.name, &args.dest).await?)
 }
 

@@ -242,6 +242,24 @@ pub fn decode_exact(stored: &[u8], expected: usize) -> Result<(Vec<u8>, u32), De
     Ok((raw, decoder.finish()?))
 }
 
+/// The first zstd frame of `stored`, which may go on behind it: its raw bytes, and how many stored bytes it takes.
+/// It holds at most [`FRAME_BYTES`](super::FRAME_BYTES) and must have a checksum.
+pub fn decode_first(stored: &[u8]) -> Result<(Vec<u8>, usize), DecodeError> {
+    match stored.get(..HEADER_BYTES) {
+        None => return Err(DecodeError::Truncated { offset: 0 }),
+        Some(header) if header[..4] != MAGIC => return Err(DecodeError::NotAFrame { offset: 0 }),
+        Some(header) if header[4] & 0b0000_0100 == 0 => {
+            return Err(DecodeError::Refused { offset: 0, fault: "has no checksum" });
+        }
+        Some(_) => {}
+    }
+    let length =
+        zstd::zstd_safe::find_frame_compressed_size(stored).map_err(|_| DecodeError::Truncated { offset: 0 })?;
+    let raw = zstd::bulk::decompress(&stored[..length], super::FRAME_BYTES)
+        .map_err(|source| DecodeError::Frame { offset: 0, source })?;
+    Ok((raw, length))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -59,6 +59,12 @@ pub enum ConfigError {
     #[error("{first} and {second} are both given ({source_place})")]
     Conflict { source_place: Source, first: String, second: String },
 
+    #[error("{what} needs {needed} ({source_place})")]
+    Needs { source_place: Source, what: String, needed: String },
+
+    #[error("repositories {first} and {second} are the same place ({source_place})")]
+    SamePlace { source_place: Source, first: String, second: String },
+
     #[error("could not understand {key} ({source_place})")]
     Postgres { source_place: Source, key: String, source: Box<ConninfoError> },
 
@@ -106,9 +112,11 @@ impl Advice for ConfigError {
             ConfigError::Invalid { .. } => return None,
             ConfigError::Missing { key, example } => format!("add it, for example: {key} = {example}"),
             ConfigError::Conflict { .. } => "keep one of the two".to_string(),
+            ConfigError::Needs { needed, .. } => format!("add {needed}, or remove what needs it"),
+            ConfigError::SamePlace { .. } => "one copy would count as two: name it once".to_string(),
             ConfigError::Postgres { source, .. } => return source.hint(),
             ConfigError::UnknownRepository { known, .. } if known.is_empty() => {
-                "add [repositories.NAME] with url = \"file:///absolute/path\"".to_string()
+                "add [repositories.NAME] with url = \"file:///absolute/path\" or \"s3://bucket/prefix\"".to_string()
             }
             ConfigError::UnknownRepository { known, .. } => format!("configured: {}", known.join(", ")),
             ConfigError::UnknownCluster { known, .. } if known.is_empty() => {
@@ -131,6 +139,8 @@ impl Advice for ConfigError {
             ConfigError::NotAvailable { source_place, .. }
             | ConfigError::Invalid { source_place, .. }
             | ConfigError::Conflict { source_place, .. }
+            | ConfigError::Needs { source_place, .. }
+            | ConfigError::SamePlace { source_place, .. }
             | ConfigError::UnknownRepository { source_place, .. }
             | ConfigError::Postgres { source_place, .. }
                 if matches!(source_place, Source::Flag(_)) =>

@@ -17,14 +17,31 @@ const VARIABLE_PREFIX: &str = "SEAWALL__";
 const NAME_BYTES_MAX: usize = 40;
 /// Two ways to say the same: a later layer that uses one replaces the other.
 const ALTERNATIVES: [&str; 2] = ["postgres", "postgres_file"];
+/// Keys whose value is a list.
+const LISTS: [&str; 2] = ["repositories", "encrypt_to"];
 
 /// A value as typed. Not `Debug`: it may be a connection string with a password.
 #[derive(Clone)]
 pub(super) enum Value {
     Text(String),
     List(Vec<String>),
+    Flag(bool),
+    Integer(i64),
     /// A type no key has: its TOML name, for the error.
     Other(&'static str),
+}
+
+impl Value {
+    /// What it is, for the error that says what it should be.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Value::Text(_) => "text",
+            Value::List(_) => "a list",
+            Value::Flag(_) => "true or false",
+            Value::Integer(_) => "a number",
+            Value::Other(kind) => kind,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -35,7 +52,8 @@ pub(super) struct Typed {
 
 pub(super) type Table = BTreeMap<&'static str, Typed>;
 
-/// All tables, by group and name.
+/// All tables, by group and name; the name is empty where a group is one table. An entry of a table within a table has
+/// a key of two words: `storage_class.wal`.
 #[derive(Clone, Default)]
 pub(super) struct Tree(BTreeMap<Group, BTreeMap<String, Table>>);
 
@@ -94,16 +112,38 @@ impl Tree {
 
     fn add_group(&mut self, group: Group, value: &DeValue<'_>, place: Source, file: &File) -> Result<(), ConfigError> {
         let tables = value.as_table().ok_or_else(|| not_a_table(group.name(), group, place))?;
+        if !group.is_named() {
+            return self.add_table(group, "", tables, file);
+        }
         for (name, value) in tables {
             let place = file.place(name.span().start);
             let name = name.get_ref();
             check_name(group, name, &place)?;
             let full = format!("{}.{name}", group.name());
             let table = value.get_ref().as_table().ok_or_else(|| not_a_table(&full, group, place))?;
-            self.declare(group, name);
-            for (key, value) in table {
-                let source = file.place(key.span().start);
-                let key = known_key(group, name, key.get_ref(), &source)?;
+            self.add_table(group, name, table, file)?;
+        }
+        Ok(())
+    }
+
+    fn add_table(&mut self, group: Group, name: &str, table: &DeTable<'_>, file: &File) -> Result<(), ConfigError> {
+        self.declare(group, name);
+        for (key, value) in table {
+            let source = file.place(key.span().start);
+            let key = key.get_ref();
+            if !group.has_subtable(key) {
+                let key = known_key(group, name, key, &source)?;
+                self.set(group, name, key, Typed { value: typed(value.get_ref()), source });
+                continue;
+            }
+            let Some(entries) = value.get_ref().as_table() else {
+                let expected = format!("a table, such as {{ {} }}", group.subtable_example(key));
+                let key = group.path(name, key);
+                return Err(ConfigError::Invalid { source_place: source, key, value: None, expected });
+            };
+            for (entry, value) in entries {
+                let source = file.place(entry.span().start);
+                let key = known_key(group, name, &format!("{key}.{}", entry.get_ref()), &source)?;
                 self.set(group, name, key, Typed { value: typed(value.get_ref()), source });
             }
         }
@@ -115,11 +155,13 @@ impl Tree {
         for (variable, text) in environment.vars(VARIABLE_PREFIX) {
             let source = Source::Variable(variable.clone());
             let (group, name, key) = variable_path(&variable, &source)?;
-            check_name(group, &name, &source)?;
+            if group.is_named() {
+                check_name(group, &name, &source)?;
+            }
             let key = known_key(group, &name, &key, &source)?;
-            let value = match key {
-                "repositories" => Value::List(text.split(',').map(|name| name.trim().to_string()).collect()),
-                _ => Value::Text(text),
+            let value = match LISTS.contains(&key) {
+                true => Value::List(text.split(',').map(|name| name.trim().to_string()).collect()),
+                false => Value::Text(text),
             };
             self.set(group, &name, key, Typed { value, source });
         }
@@ -146,13 +188,21 @@ fn typed(value: &DeValue<'_>) -> Value {
         DeValue::Array(values) => {
             let texts: Option<Vec<String>> =
                 values.iter().map(|value| value.get_ref().as_str().map(str::to_string)).collect();
-            texts.map_or(Value::Other("list of other things"), Value::List)
+            texts.map_or(Value::Other("a list of other things"), Value::List)
         }
-        other => Value::Other(other.type_str()),
+        DeValue::Boolean(flag) => Value::Flag(*flag),
+        DeValue::Integer(integer) => match i64::from_str_radix(integer.as_str(), integer.radix()) {
+            Ok(integer) => Value::Integer(integer),
+            Err(_) => Value::Other("a number as large as that"),
+        },
+        DeValue::Float(_) => Value::Other("a number with a fraction"),
+        DeValue::Datetime(_) => Value::Other("a time"),
+        DeValue::Table(_) => Value::Other("a table"),
     }
 }
 
-/// Splits at the first and last `__`: names hold none, keys neither begin nor end with `_`.
+/// Names hold no `__`, keys neither begin nor end with `_`: the group stands before the first `__`, the key behind the
+/// last; before that, the table it is in, where there are tables within tables.
 fn variable_path(variable: &str, source: &Source) -> Result<(Group, String, String), ConfigError> {
     let unknown = |nearest: Option<String>| ConfigError::UnknownKey {
         source_place: source.clone(),
@@ -168,7 +218,21 @@ fn variable_path(variable: &str, source: &Source) -> Result<(Group, String, Stri
         let group = nearest(head, Group::ALL.into_iter().map(Group::name));
         return Err(unknown(group.map(|group| format!("{VARIABLE_PREFIX}{}__…", group.to_uppercase()))));
     };
-    let example = || Some(format!("{VARIABLE_PREFIX}{}__NAME__KEY", group.name().to_uppercase()));
+    let upper = group.name().to_uppercase();
+    if !group.is_named() {
+        return match rest {
+            "" => Err(unknown(Some(format!("{VARIABLE_PREFIX}{upper}__KEY")))),
+            key => Ok((group, String::new(), key.replace("__", "."))),
+        };
+    }
+    for table in group.subtables().chain(group.later().iter().copied()) {
+        if let Some((name, key)) = rest.split_once(&format!("__{table}__")) {
+            // One of a later version is refused whatever is in it.
+            let key = if group.later().contains(&table) { table.to_string() } else { format!("{table}.{key}") };
+            return Ok((group, name.to_string(), key));
+        }
+    }
+    let example = || Some(format!("{VARIABLE_PREFIX}{upper}__NAME__KEY"));
     let (name, key) = rest.rsplit_once("__").ok_or_else(|| unknown(example()))?;
     Ok((group, name.to_string(), key.to_string()))
 }
@@ -182,7 +246,8 @@ fn unknown_table(key: &str, source_place: Source) -> ConfigError {
 }
 
 fn not_a_table(key: &str, group: Group, source_place: Source) -> ConfigError {
-    let expected = format!("a table: [{}.NAME]", group.name());
+    let name = if group.is_named() { ".NAME" } else { "" };
+    let expected = format!("a table: [{}{name}]", group.name());
     ConfigError::Invalid { source_place, key: key.to_string(), value: None, expected }
 }
 
@@ -191,13 +256,12 @@ fn known_key(group: Group, name: &str, key: &str, source: &Source) -> Result<&'s
     if let Some((known, _)) = group.find(key) {
         return Ok(known);
     }
-    let full = |key: &str| format!("{}.{name}.{key}", group.name());
-    let source_place = source.clone();
+    let (source_place, full) = (source.clone(), group.path(name, key));
     if group.later().contains(&key) {
-        return Err(ConfigError::NotAvailable { source_place, what: full(key) + " is" });
+        return Err(ConfigError::NotAvailable { source_place, what: full + " is" });
     }
     let nearest = group.nearest(key).map(str::to_string);
-    Err(ConfigError::UnknownKey { source_place, key: full(key), nearest })
+    Err(ConfigError::UnknownKey { source_place, key: full, nearest })
 }
 
 /// Names become directories and parts of variables.

@@ -7,14 +7,19 @@
 //! Nothing is accepted that would not take effect: an unknown key, or one of a later version, is an error that names
 //! its file and line.
 
+mod cluster;
 mod error;
+mod example;
 mod file;
 mod reference;
+mod repository;
+mod section;
 mod units;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::ErrorKind;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +27,7 @@ pub use error::{ConfigError, Source};
 use file::{Table, Tree, Typed, Value};
 use reference::Group;
 pub use reference::{KeyDoc, reference};
+use section::Section;
 pub use units::{parse_duration, parse_size};
 
 use crate::codec::encrypt::Recipients;
@@ -37,14 +43,10 @@ const FLAG_NAME: &str = "main";
 /// The repository of `--repository` beside a file.
 const FLAG_REPOSITORY: &str = "command_line";
 
-const SLOT: &str = "seawall";
-const SLOT_BYTES_MAX: usize = 63;
-const TAIL_INTERVAL: Duration = Duration::from_secs(5);
-const SHUTDOWN_GRACE: Duration = Duration::from_secs(10);
-const MEMORY_BYTES: u64 = 32 << 20;
-/// Less would not hold a few encoded frames of 1 MiB and the buffers around them.
-const MEMORY_BYTES_MIN: u64 = 8 << 20;
-const HOUR: Duration = Duration::from_secs(3600);
+const SPOOL_LIMIT: u64 = 10 << 30;
+/// Less would hold a few seconds of WAL.
+const SPOOL_LIMIT_MIN: u64 = 64 << 20;
+const HTTP_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9187);
 
 /// Where settings come from. `path` is `--config`.
 #[derive(Clone, Copy)]
@@ -192,6 +194,7 @@ impl Config {
         if let Some((path, content)) = &file {
             warn_of_readable_password(&tree, &config, path, content, &mut warnings);
         }
+        warn_of_plain_endpoints(&config, &mut warnings);
         Ok(Loaded { config, path: file.map(|(path, _)| path), warnings })
     }
 
@@ -203,8 +206,8 @@ impl Config {
             let section = Section { group: Group::Clusters, name, table };
             Ok(ArchiveConfig {
                 cluster: name.clone(),
-                repositories: vec![cluster_repository(&section, &tree)?],
-                identity_file: None,
+                repositories: cluster::repositories(&section, &tree)?,
+                identity_file: section.path("identity_file")?,
             })
         };
         tree.tables(Group::Clusters).map(archive).collect()
@@ -231,54 +234,20 @@ impl Config {
     fn from_tree(tree: &Tree, environment: &dyn Environment) -> Result<Config, ConfigError> {
         // All repositories are checked, also those no cluster uses yet.
         for (name, table) in tree.tables(Group::Repositories) {
-            repository(name, table)?;
+            repository::check(name, table)?;
         }
-        let clusters = tree.tables(Group::Clusters).map(|(name, table)| cluster(name, table, tree, environment));
-        Ok(Config { clusters: clusters.collect::<Result<_, _>>()?, spool: None, http: None })
+        let clusters = tree.tables(Group::Clusters).map(|(name, table)| cluster::check(name, table, tree, environment));
+        let clusters = clusters.collect::<Result<Vec<_>, _>>()?;
+        let single = |group: Group| tree.tables(group).next().map(|(name, table)| Section { group, name, table });
+        let spool = single(Group::Spool).map(|section| spool(&section, &clusters)).transpose()?;
+        let http = single(Group::Http).map(|section| http(&section)).transpose()?;
+        Ok(Config { clusters, spool, http })
     }
 
     /// The cluster called `name`, or the only one.
     pub fn cluster(&self, name: Option<&str>) -> Result<&ClusterConfig, ConfigError> {
         choose(&self.clusters, name, |cluster| &cluster.name)
     }
-
-    /// A configuration file that says the same, for `seawall init` to print. A password is not repeated.
-    pub fn to_example_toml(&self) -> String {
-        let clusters = self.clusters.iter().map(ClusterConfig::to_example_toml);
-        let mut repositories: Vec<&RepositoryConfig> =
-            self.clusters.iter().flat_map(|cluster| &cluster.repositories).collect();
-        repositories.sort_by(|a, b| a.name.cmp(&b.name));
-        repositories.dedup_by(|a, b| a.name == b.name);
-        let repositories = repositories.into_iter().map(|repository| {
-            format!("[repositories.{}]\nurl            = {}\n", repository.name, toml_string(&repository.url))
-        });
-        clusters.chain(repositories).collect::<Vec<_>>().join("\n")
-    }
-}
-
-impl ClusterConfig {
-    fn to_example_toml(&self) -> String {
-        let mut lines = vec![format!("[clusters.{}]", self.name)];
-        let mut line = |key: &str, value: String| lines.push(format!("{key:<14} = {value}"));
-        line("postgres", toml_string(&self.postgres.to_keywords()));
-        match &self.password_file {
-            Some(path) => line("password_file", toml_string(&path.to_string_lossy())),
-            None if self.postgres.password_in_string() => {
-                line("# password_file", "\"/path/to/a/file\"      # the password itself is not repeated here".into());
-            }
-            None => {}
-        }
-        line("slot", toml_string(&self.slot));
-        line("repositories", format!("[{}]", toml_string(&self.repositories[0].name)));
-        line("tail_interval", format!("\"{}\"", units::show_duration(self.tail_interval)));
-        line("shutdown_grace", format!("\"{}\"", units::show_duration(self.shutdown_grace)));
-        line("memory", format!("\"{}\"", units::show_size(self.memory_bytes)));
-        lines.join("\n") + "\n"
-    }
-}
-
-fn toml_string(text: &str) -> String {
-    toml::Value::String(text.to_string()).to_string()
 }
 
 // Finding and reading.
@@ -381,212 +350,44 @@ fn warn_of_readable_password(
     }
 }
 
-// Checking.
-
-/// One table with its full name, for errors.
-struct Section<'a> {
-    group: Group,
-    name: &'a str,
-    table: &'a Table,
-}
-
-impl Section<'_> {
-    fn key(&self, key: &str) -> String {
-        format!("{}.{}.{key}", self.group.name(), self.name)
-    }
-
-    fn source(&self, key: &str) -> Source {
-        self.table.get(key).map_or(Source::Default, |typed| typed.source.clone())
-    }
-
-    fn invalid(&self, key: &str, value: Option<&str>, expected: impl Into<String>) -> ConfigError {
-        // Long values, and those with blanks or "=", may be something else than meant, such as a connection string.
-        let plain =
-            |value: &&str| value.len() <= 100 && !value.contains(|c: char| c.is_whitespace() || c == '=' || c == '@');
-        ConfigError::Invalid {
-            source_place: self.source(key),
-            key: self.key(key),
-            value: value.filter(plain).map(str::to_string),
-            expected: expected.into(),
+fn warn_of_plain_endpoints(config: &Config, warnings: &mut Vec<String>) {
+    let mut said = BTreeSet::new();
+    for repository in config.clusters.iter().flat_map(|cluster| &cluster.repositories) {
+        let Location::S3(S3Options { endpoint: Some(endpoint), .. }) = &repository.location else { continue };
+        if repository::is_plain_beyond_loopback(endpoint) && said.insert(&repository.name) {
+            warnings.push(format!(
+                "repository {} is reached without encryption: {endpoint}; use https:// outside this machine",
+                repository.name
+            ));
         }
     }
+}
 
-    fn not_available(&self, key: &str, what: impl Into<String>) -> ConfigError {
-        ConfigError::NotAvailable { source_place: self.source(key), what: what.into() }
-    }
+// Checking what all clusters share.
 
-    fn text(&self, key: &str) -> Result<Option<&str>, ConfigError> {
-        match self.table.get(key).map(|typed| &typed.value) {
-            None => Ok(None),
-            Some(Value::Text(text)) => Ok(Some(text)),
-            Some(Value::List(_)) => Err(self.wrong_type(key, "list")),
-            Some(Value::Other(kind)) => Err(self.wrong_type(key, kind)),
+fn spool(section: &Section<'_>, clusters: &[ClusterConfig]) -> Result<SpoolConfig, ConfigError> {
+    let Some(path) = section.path("path")? else {
+        return Err(ConfigError::Missing { key: "spool.path".into(), example: "\"/var/lib/seawall/spool\"".into() });
+    };
+    for repository in clusters.iter().flat_map(|cluster| &cluster.repositories) {
+        // Files of the one would be found among those of the other.
+        let Location::Local(root) = &repository.location else { continue };
+        if root.starts_with(&path) || path.starts_with(root) {
+            let expected = format!("a directory apart from repository {}", repository.name);
+            return Err(section.invalid("path", path.to_str(), expected));
         }
     }
-
-    fn wrong_type(&self, key: &str, found: &str) -> ConfigError {
-        let example = self.group.find(key).map_or("", |(_, doc)| doc.example);
-        self.invalid(key, None, format!("text in quotes, such as {example}, not a {found}"))
-    }
-
-    fn duration(&self, key: &str, default: Duration, min: Duration, range: &str) -> Result<Duration, ConfigError> {
-        let Some(text) = self.text(key)? else { return Ok(default) };
-        let parsed = parse_duration(text).filter(|duration| (min..=HOUR).contains(duration));
-        parsed.ok_or_else(|| self.invalid(key, Some(text), error::expected_duration(range)))
-    }
-
-    fn path(&self, key: &str) -> Result<Option<PathBuf>, ConfigError> {
-        let Some(text) = self.text(key)? else { return Ok(None) };
-        if !Path::new(text).is_absolute() || text.contains('\0') {
-            return Err(self.invalid(key, Some(text), "an absolute path, such as \"/run/secrets/postgres-password\""));
-        }
-        Ok(Some(PathBuf::from(text)))
-    }
+    let limit_bytes = section.size("limit", SPOOL_LIMIT, SPOOL_LIMIT_MIN, "at least 64MiB")?;
+    Ok(SpoolConfig { path, limit_bytes })
 }
 
-fn cluster(
-    name: &str,
-    table: &Table,
-    tree: &Tree,
-    environment: &dyn Environment,
-) -> Result<ClusterConfig, ConfigError> {
-    let section = Section { group: Group::Clusters, name, table };
-    check_acknowledge(&section)?;
-    let password_file = section.path("password_file")?;
-    Ok(ClusterConfig {
-        name: name.to_string(),
-        postgres: conninfo(&section, password_file.as_deref(), environment)?,
-        slot: slot(&section)?,
-        repositories: vec![cluster_repository(&section, tree)?],
-        required: 1,
-        acknowledge: Acknowledge::Repository,
-        synchronous: None,
-        encrypt_to: None,
-        identity_file: None,
-        tail_interval: section.duration("tail_interval", TAIL_INTERVAL, Duration::from_millis(100), "100ms to 1h")?,
-        shutdown_grace: section.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::ZERO, "0s to 1h")?,
-        memory_bytes: memory(&section)?,
-        password_file,
-    })
-}
-
-fn conninfo(
-    section: &Section<'_>,
-    password_file: Option<&Path>,
-    environment: &dyn Environment,
-) -> Result<Conninfo, ConfigError> {
-    let conflict = |first: &str, second: &str| ConfigError::Conflict {
-        source_place: section.source(second),
-        first: section.key(first),
-        second: section.key(second),
+fn http(section: &Section<'_>) -> Result<HttpConfig, ConfigError> {
+    const EXPECTED: &str = "an IP address and a port, such as \"127.0.0.1:9187\" or \"[::]:9187\"";
+    let listen = match section.text("listen")? {
+        None => HTTP_LISTEN,
+        Some(text) => text.parse().map_err(|_| section.invalid("listen", Some(text), EXPECTED))?,
     };
-    let path = section.path("postgres_file")?;
-    if path.is_some() && section.text("postgres")?.is_some() {
-        return Err(conflict("postgres", "postgres_file"));
-    }
-    let (key, text) = match &path {
-        Some(path) => ("postgres_file", read_conninfo(path, environment)?),
-        None => ("postgres", section.text("postgres")?.unwrap_or_default().to_string()),
-    };
-    let parsed = Conninfo::parse(&text, environment).map_err(|source| ConfigError::Postgres {
-        source_place: section.source(key),
-        key: section.key(key),
-        source: Box::new(source),
-    })?;
-    match password_file {
-        Some(_) if parsed.password_in_string() => Err(conflict("password_file", key)),
-        Some(path) => Ok(parsed.with_password_file(path)),
-        None => Ok(parsed),
-    }
-}
-
-fn read_conninfo(path: &Path, environment: &dyn Environment) -> Result<String, ConfigError> {
-    let content = environment.read(path).map_err(|error| io_error(path, &error))?;
-    let (path, content) = checked(path.to_path_buf(), content)?;
-    let text = content.text().map_err(|_| read_error(&path, "not UTF-8".to_string(), false))?;
-    Ok(text.strip_suffix('\n').unwrap_or(text).to_string())
-}
-
-fn slot(section: &Section<'_>) -> Result<String, ConfigError> {
-    let slot = section.text("slot")?.unwrap_or(SLOT);
-    let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-    if !(1..=SLOT_BYTES_MAX).contains(&slot.len()) || !slot.bytes().all(plain) {
-        return Err(section.invalid("slot", Some(slot), "1 to 63 characters a-z, 0-9 and _"));
-    }
-    Ok(slot.to_string())
-}
-
-fn check_acknowledge(section: &Section<'_>) -> Result<(), ConfigError> {
-    match section.text("acknowledge")? {
-        None | Some("repository") => Ok(()),
-        Some("spool") => Err(section.not_available("acknowledge", "acknowledge = \"spool\" is")),
-        Some(other) => Err(section.invalid("acknowledge", Some(other), "\"repository\"")),
-    }
-}
-
-fn memory(section: &Section<'_>) -> Result<u64, ConfigError> {
-    let Some(text) = section.text("memory")? else { return Ok(MEMORY_BYTES) };
-    let parsed = parse_size(text).filter(|&bytes| bytes >= MEMORY_BYTES_MIN);
-    parsed.ok_or_else(|| section.invalid("memory", Some(text), error::expected_size("at least 8MiB")))
-}
-
-/// The one repository the cluster names, or the only one there is.
-fn cluster_repository(section: &Section<'_>, tree: &Tree) -> Result<RepositoryConfig, ConfigError> {
-    const KEY: &str = "repositories";
-    let from_flag = |table: &Table| table.get("url").is_some_and(|typed| matches!(typed.source, Source::Flag(_)));
-    let repositories = tree.tables(Group::Repositories).filter(|(_, table)| !from_flag(table));
-    let known: Vec<String> = repositories.map(|(name, _)| name.clone()).collect();
-    let names = match section.table.get(KEY).map(|typed| &typed.value) {
-        None => &known,
-        Some(Value::List(names)) => names,
-        Some(_) => return Err(section.invalid(KEY, None, "a list with one name, such as [\"local\"]")),
-    };
-    let given = section.table.contains_key(KEY);
-    let name = match &names[..] {
-        [name] => name,
-        [] if given => return Err(section.invalid(KEY, None, "a list with one name, such as [\"local\"]")),
-        [] => {
-            let example = "file:///var/lib/seawall".to_string();
-            return Err(ConfigError::Missing {
-                key: "a repository: repositories.NAME.url (or --repository)".into(),
-                example,
-            });
-        }
-        _ if given => return Err(section.not_available(KEY, "several repositories are")),
-        _ => return Err(ConfigError::Missing { key: section.key(KEY), example: format!("[\"{}\"]", known[0]) }),
-    };
-    let Some(table) = tree.table(Group::Repositories, name) else {
-        let (key, name) = (section.key(KEY), name.clone());
-        return Err(ConfigError::UnknownRepository { source_place: section.source(KEY), key, name, known });
-    };
-    repository(name, table)
-}
-
-fn repository(name: &str, table: &Table) -> Result<RepositoryConfig, ConfigError> {
-    let section = Section { group: Group::Repositories, name, table };
-    let Some(url) = section.text("url")? else {
-        return Err(ConfigError::Missing { key: section.key("url"), example: "\"file:///var/lib/seawall\"".into() });
-    };
-    let location = location(&section, url)?;
-    Ok(RepositoryConfig { name: name.to_string(), url: url.to_string(), location })
-}
-
-/// `file:///absolute/path`, percent-encoding allowed.
-fn location(section: &Section<'_>, url: &str) -> Result<Location, ConfigError> {
-    const EXPECTED: &str = "file:// and an absolute path (three slashes), such as \"file:///var/lib/seawall\"";
-    let wrong = || section.invalid("url", Some(url), EXPECTED);
-    let scheme = url.split_once("://").map(|(scheme, _)| scheme);
-    if let Some(scheme @ ("s3" | "gs" | "az" | "azure" | "http" | "https" | "sftp")) = scheme {
-        return Err(section.not_available("url", format!("a repository at {scheme}:// is")));
-    }
-    let path = url.strip_prefix("file://").ok_or_else(wrong)?;
-    let path = percent_encoding::percent_decode_str(path).decode_utf8().map_err(|_| wrong())?;
-    // "?", "#" and ".." would mean something else to the next reader of the URL.
-    let odd = path.contains('\0') || url.contains(['?', '#']) || path.split('/').any(|part| part == "..");
-    if !path.starts_with('/') || path.trim_matches('/').is_empty() || odd {
-        return Err(wrong());
-    }
-    Ok(Location::Local(PathBuf::from(path.as_ref())))
+    Ok(HttpConfig { listen, token_file: section.path("token_file")? })
 }
 
 #[cfg(test)]

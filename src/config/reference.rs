@@ -21,24 +21,60 @@ pub struct KeyDoc {
 pub enum Group {
     Clusters,
     Repositories,
+    Spool,
+    Http,
 }
 
 impl Group {
-    pub const ALL: [Group; 2] = [Group::Clusters, Group::Repositories];
+    pub const ALL: [Group; 4] = [Group::Clusters, Group::Repositories, Group::Spool, Group::Http];
 
     pub fn name(self) -> &'static str {
         match self {
             Group::Clusters => "clusters",
             Group::Repositories => "repositories",
+            Group::Spool => "spool",
+            Group::Http => "http",
         }
     }
 
-    /// The table's keys, as [`KeyDoc`]s with their last word.
+    /// Whether there are several tables, each with a name of its own.
+    pub fn is_named(self) -> bool {
+        matches!(self, Group::Clusters | Group::Repositories)
+    }
+
+    /// A key as an error shows it.
+    pub fn path(self, name: &str, key: &str) -> String {
+        match self.is_named() {
+            true => format!("{}.{name}.{key}", self.name()),
+            false => format!("{}.{key}", self.name()),
+        }
+    }
+
+    /// The table's keys, as [`KeyDoc`]s with their last words.
     pub fn keys(self) -> impl Iterator<Item = (&'static str, &'static KeyDoc)> {
+        let prefix = if self.is_named() { ".NAME." } else { "." };
         REFERENCE.iter().filter_map(move |doc| {
-            let rest = doc.key.strip_prefix(self.name())?.strip_prefix(".NAME.")?;
+            let rest = doc.key.strip_prefix(self.name())?.strip_prefix(prefix)?;
             Some((rest, doc))
         })
+    }
+
+    /// The keys that are tables themselves.
+    pub fn subtables(self) -> impl Iterator<Item = &'static str> {
+        self.keys().filter_map(|(key, _)| Some(key.split_once('.')?.0))
+    }
+
+    pub fn has_subtable(self, key: &str) -> bool {
+        self.subtables().any(|table| table == key)
+    }
+
+    /// What such a table holds, in its own line.
+    pub fn subtable_example(self, table: &str) -> String {
+        let entry = |(key, doc): (&'static str, &KeyDoc)| {
+            let (head, entry) = key.split_once('.')?;
+            (head == table).then(|| format!("{entry} = {}", doc.example))
+        };
+        self.keys().filter_map(entry).collect::<Vec<_>>().join(", ")
     }
 
     pub fn find(self, key: &str) -> Option<(&'static str, &'static KeyDoc)> {
@@ -52,26 +88,14 @@ impl Group {
     /// Keys of the design that this version does not have yet: refused by name, not as typing mistakes.
     pub fn later(self) -> &'static [&'static str] {
         match self {
-            Group::Clusters => &[
-                "required",
-                "protect",
-                "slot_limit",
-                "synchronous",
-                "encrypt_to",
-                "identity_file",
-                "backup",
-                "retention",
-                "verify",
-            ],
-            Group::Repositories => {
-                &["endpoint", "region", "path_style", "storage_class", "sse", "checksum", "single_writer"]
-            }
+            Group::Clusters => &["protect", "slot_limit", "backup", "retention", "verify"],
+            Group::Repositories | Group::Spool | Group::Http => &[],
         }
     }
 }
 
 /// Top-level tables of later versions.
-pub const LATER_TABLES: [&str; 3] = ["spool", "http", "alerts"];
+pub const LATER_TABLES: [&str; 1] = ["alerts"];
 
 /// Every key of this version.
 pub fn reference() -> Vec<KeyDoc> {
@@ -121,18 +145,50 @@ const REFERENCE: &[KeyDoc] = &[
     },
     KeyDoc {
         key: "clusters.NAME.repositories",
-        kind: "list with one repository name",
+        kind: "list of repository names",
         default: Some("the only repository, when one is configured"),
-        effect: "Where the WAL is stored. Several repositories are not available in this version.",
+        effect: "Where the WAL is stored: in each of them.",
         example: "[\"local\"]",
     },
     KeyDoc {
+        key: "clusters.NAME.required",
+        kind: "\"all\", \"any\", or a number of repositories",
+        default: Some("\"all\""),
+        effect: "How many of the repositories must hold a byte before it is acknowledged. One that is not needed never \
+                 holds the others up; what it misses is copied to it later.",
+        example: "\"all\"",
+    },
+    KeyDoc {
         key: "clusters.NAME.acknowledge",
-        kind: "\"repository\"",
+        kind: "\"repository\" or \"spool\"",
         default: Some("\"repository\""),
-        effect: "What \"flushed\" means to the server: stored durably in the repository. \"spool\" is not available in \
-                 this version.",
+        effect: "What \"flushed\" means to the server: stored durably in the required repositories, or synced to the \
+                 local spool ([spool]).",
         example: "\"repository\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.synchronous",
+        kind: "true or false",
+        default: Some("as the server says"),
+        effect: "Whether the server's commits wait for this archive, as a synchronous standby: WAL is then uploaded \
+                 as soon as the upload before it is done. Left out, the server is asked.",
+        example: "true",
+    },
+    KeyDoc {
+        key: "clusters.NAME.encrypt_to",
+        kind: "list of age recipients (age1…)",
+        default: Some("none: not encrypted"),
+        effect: "Public keys to which WAL is encrypted before it leaves this machine; whoever holds the identity of \
+                 one of them can read it. Names, positions, times and checksums stay readable.",
+        example: "[\"age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p\"]",
+    },
+    KeyDoc {
+        key: "clusters.NAME.identity_file",
+        kind: "absolute path",
+        default: Some("none: encrypted WAL cannot be read here"),
+        effect: "Secret keys as age-keygen writes them, for reading what is encrypted: wal-get and restores need it, \
+                 the agent does not.",
+        example: "\"/etc/seawall/identity.txt\"",
     },
     KeyDoc {
         key: "clusters.NAME.tail_interval",
@@ -160,10 +216,115 @@ const REFERENCE: &[KeyDoc] = &[
     },
     KeyDoc {
         key: "repositories.NAME.url",
-        kind: "URL: file:///absolute/path",
+        kind: "URL: file:///absolute/path or s3://bucket/prefix",
         default: None,
-        effect: "Where the repository is. s3:// is not available in this version.",
-        example: "\"file:///var/lib/seawall\"",
+        effect: "Where the repository is: a directory, or S3 and what speaks its protocol. The keys below are for \
+                 S3 only; credentials come from the AWS sources: environment, profile, web identity, instance.",
+        example: "\"s3://bucket/prefix\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.endpoint",
+        kind: "URL: https://host[:port]",
+        default: Some("AWS's own, or AWS_ENDPOINT_URL"),
+        effect: "A store other than AWS.",
+        example: "\"https://minio.example.com:9000\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.region",
+        kind: "name of a region",
+        default: Some("AWS_REGION, or the profile's"),
+        effect: "The bucket's region.",
+        example: "\"eu-central-1\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.path_style",
+        kind: "true or false",
+        default: Some("true where there is an endpoint"),
+        effect: "Puts the bucket's name into the path instead of the host's name.",
+        example: "true",
+    },
+    KeyDoc {
+        key: "repositories.NAME.profile",
+        kind: "name of a profile",
+        default: Some("AWS_PROFILE, or \"default\""),
+        effect: "Which profile of the AWS configuration files holds the credentials.",
+        example: "\"backup\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.ca_file",
+        kind: "absolute path",
+        default: Some("the system's authorities"),
+        effect: "PEM file of the authorities that may sign the endpoint's certificate.",
+        example: "\"/etc/seawall/store-ca.pem\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.storage_class.wal",
+        kind: "storage class as S3 names it",
+        default: Some("the bucket's"),
+        effect: "For sealed segments; small and short-lived objects always get the bucket's. It must be one whose \
+                 objects can be read at once.",
+        example: "\"STANDARD_IA\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.storage_class.backup",
+        kind: "storage class as S3 names it",
+        default: Some("the bucket's"),
+        effect: "For volumes of base backups, which this version does not take yet.",
+        example: "\"STANDARD_IA\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.sse",
+        kind: "\"s3\", \"kms\" or \"kms:KEY\"",
+        default: Some("as the bucket says"),
+        effect: "Encryption by the store: with its own key, with the account's KMS key, or with the KMS key of this \
+                 id or ARN. `encrypt_to` is the one that needs no trust in the store.",
+        example: "\"kms:alias/wal\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.checksum",
+        kind: "\"crc32\" or \"none\"",
+        default: Some("\"crc32\""),
+        effect: "Which checksum the store is given with every object, to verify; \"none\" for stores that reject it.",
+        example: "\"none\"",
+    },
+    KeyDoc {
+        key: "repositories.NAME.single_writer",
+        kind: "true or false",
+        default: Some("false"),
+        effect: "Accepts a store without conditional writes. You vouch that nothing but this one agent writes there: \
+                 such a store cannot keep two writers apart.",
+        example: "true",
+    },
+    KeyDoc {
+        key: "spool.path",
+        kind: "absolute path",
+        default: None,
+        effect: "A local directory for WAL the repositories do not take as fast as the server writes it; one \
+                 subdirectory for each cluster. Without [spool] the slot holds it on the server.",
+        example: "\"/var/lib/seawall/spool\"",
+    },
+    KeyDoc {
+        key: "spool.limit",
+        kind: "size, at least 64MiB",
+        default: Some("\"10GiB\""),
+        effect: "How much the spool may hold; every cluster has an equal share of it.",
+        example: "\"10GiB\"",
+    },
+    KeyDoc {
+        key: "http.listen",
+        kind: "IP address and port",
+        default: Some("\"127.0.0.1:9187\""),
+        effect: "Where /metrics, /status, /protected, /healthz and /readyz are served, for reading only. Without \
+                 [http] nothing listens.",
+        example: "\"127.0.0.1:9187\"",
+    },
+    KeyDoc {
+        key: "http.token_file",
+        kind: "absolute path",
+        default: Some("none: nobody is asked"),
+        effect: "Holds the bearer token that everything but /healthz and /readyz asks for; one line end at its end is \
+                 ignored.",
+        example: "\"/run/secrets/seawall-http-token\"",
     },
 ];
 

@@ -1,6 +1,7 @@
 use super::*;
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{MemoryEnvironment, Purpose};
+use crate::repository::s3::{Checksum, ServerSideEncryption, StorageClasses};
 
 const SIMPLE: &str = r#"
 [clusters.main]
@@ -61,7 +62,13 @@ fn unknown_keys_name_file_line_and_neighbour() {
         (with("[clusters.main.bakcup]"), "unknown key clusters.main.bakcup in seawall.toml:5"),
         (with("protect = \"primary\""), "clusters.main.protect is not available in this version (seawall.toml:5)"),
         (with("[clusters.main.backup]"), "clusters.main.backup is not available in this version (seawall.toml:5)"),
-        (with("[http]"), "[http] is not available in this version (seawall.toml:5)"),
+        (with("[alerts]"), "[alerts] is not available in this version (seawall.toml:5)"),
+        (with("[http]\nlisen = 1"), "unknown key http.lisen in seawall.toml:6; did you mean listen?"),
+        (with("[spool]\npath.x = 1"), "invalid spool.path in seawall.toml:6: expected text in quotes"),
+        (
+            format!("{SIMPLE}storage_class = {{ wla = \"X\" }}"),
+            "unknown key repositories.local.storage_class.wla in seawall.toml:8; did you mean storage_class.wal?",
+        ),
     ] {
         let error = refused(&text);
         assert!(error.to_string().starts_with(expected), "{error}");
@@ -77,7 +84,7 @@ fn bad_values_show_what_is_expected() {
             "invalid clusters.main.tail_interval \"5\" in seawall.toml:5: expected a duration such as \"500ms\", \
              \"5s\", \"10min\", \"2h\" or \"14d\", 100ms to 1h",
         ),
-        ("tail_interval = 5", "such as \"5s\", not a integer"),
+        ("tail_interval = 5", "such as \"5s\", not a number"),
         ("tail_interval = \"99ms\"", "100ms to 1h"),
         ("tail_interval = \"61min\"", "100ms to 1h"),
         ("shutdown_grace = \"2h\"", "0s to 1h"),
@@ -85,8 +92,20 @@ fn bad_values_show_what_is_expected() {
         ("memory = \"32\"", "at least 8MiB"),
         ("slot = \"Sea-Wall\"", "1 to 63 characters"),
         ("slot = \"\"", "1 to 63 characters"),
-        ("acknowledge = \"yes\"", "expected \"repository\""),
-        ("acknowledge = \"spool\"", "acknowledge = \"spool\" is not available in this version"),
+        ("acknowledge = \"yes\"", "expected \"repository\" or \"spool\""),
+        ("acknowledge = \"spool\"", "clusters.main.acknowledge = \"spool\" needs [spool] with a path (seawall.toml:5)"),
+        ("synchronous = \"true\"", "expected true or false, such as true, not text"),
+        ("synchronous = 1", "not a number"),
+        ("required = 0", "\"all\", \"any\" or 1: there is one repository"),
+        ("required = 2", "invalid clusters.main.required \"2\" in seawall.toml:5"),
+        ("required = \"1\"", "there is one repository"),
+        ("required = -1", "there is one repository"),
+        ("required = 1.0", "there is one repository"),
+        ("encrypt_to = []", "a list of public keys"),
+        ("encrypt_to = \"age1x\"", "a list of public keys"),
+        ("encrypt_to = [\"age1x\"]", "invalid clusters.main.encrypt_to \"age1x\""),
+        ("encrypt_to = [\"ssh-ed25519\"]", "such as [\"age1…\"]"),
+        ("identity_file = \"id\"", "an absolute path, such as \"/etc/seawall/identity.txt\""),
         ("password_file = \"secret\"", "an absolute path"),
         ("slot = \"a\"\nslot = \"b\"", "seawall.toml:6: duplicate key"),
         ("slot = \"a", "seawall.toml:5"),
@@ -116,20 +135,20 @@ fn repository_urls_are_absolute_files() {
     {
         assert!(url(bad).contains("file:///var/lib/seawall"), "{}", url(bad));
     }
-    assert!(url("s3://bucket/prefix").contains("a repository at s3:// is not available in this version"));
+    assert!(url("gs://bucket/prefix").contains("a repository at gs:// is not available in this version"));
     assert!(!url("s3://key:canary@bucket").contains("canary"));
     let spaced = only(&SIMPLE.replace("/var/lib/seawall", "/var/lib/sea%20wall"));
     assert_eq!(spaced.repositories[0].location, Location::Local("/var/lib/sea wall".into()));
 }
 
 #[test]
-fn a_cluster_has_one_repository() {
-    let several = refused(&SIMPLE.replace("[\"local\"]", "[\"local\", \"b\"]"));
-    assert_eq!(several.to_string(), "several repositories are not available in this version (seawall.toml:4)");
+fn a_cluster_names_its_repositories() {
     let unknown = refused(&SIMPLE.replace("[\"local\"]", "[\"lcoal\"]"));
     assert_eq!(unknown.hint().unwrap(), "configured: local");
-    assert!(refused(&SIMPLE.replace("[\"local\"]", "[]")).to_string().contains("a list with one name"));
-    assert!(refused(&SIMPLE.replace("[\"local\"]", "\"local\"")).to_string().contains("a list with one name"));
+    for bad in ["[]", "\"local\"", "[\"local\", \"local\"]", "[1]"] {
+        let error = refused(&SIMPLE.replace("[\"local\"]", bad)).to_string();
+        assert!(error.contains("a list of names, each once"), "{error}");
+    }
     let left_out = SIMPLE.replace("repositories = [\"local\"]\n", "");
     assert_eq!(only(&left_out).repositories[0].name, "local");
     let two = format!("{left_out}[repositories.other]\nurl = \"file:///x\"\n");
@@ -137,6 +156,190 @@ fn a_cluster_has_one_repository() {
     let no_url = SIMPLE.replace("url = \"file:///var/lib/seawall\"", "");
     assert_eq!(refused(&no_url).to_string(), "repositories.local.url is missing");
     assert!(refused("[clusters.main]\n").to_string().contains("--repository"));
+}
+
+const TWO_REPOSITORIES: &str = r#"
+[clusters.main]
+repositories = ["offsite", "local"]
+required = "any"
+
+[repositories.local]
+url = "file:///var/lib/seawall"
+
+[repositories.offsite]
+url = "s3://my-bucket/a/b/"
+endpoint = "https://store.example:9000/"
+region = "eu-central-1"
+path_style = true
+profile = "backup"
+ca_file = "/etc/ca.pem"
+storage_class = { wal = "STANDARD_IA", backup = "GLACIER" }
+sse = "kms:alias/wal"
+checksum = "none"
+single_writer = true
+"#;
+
+#[test]
+fn several_repositories_keep_their_order() {
+    let cluster = only(TWO_REPOSITORIES);
+    let names: Vec<&str> = cluster.repositories.iter().map(|repository| repository.name.as_str()).collect();
+    assert_eq!((names, cluster.required), (vec!["offsite", "local"], 1));
+    let Location::S3(s3) = &cluster.repositories[0].location else { panic!("{cluster:?}") };
+    let expected = S3Options {
+        bucket: "my-bucket".into(),
+        prefix: "a/b".into(),
+        endpoint: Some("https://store.example:9000".into()),
+        region: Some("eu-central-1".into()),
+        path_style: Some(true),
+        profile: Some("backup".into()),
+        ca_file: Some("/etc/ca.pem".into()),
+        storage_class: StorageClasses { wal: Some("STANDARD_IA".into()), backup: Some("GLACIER".into()) },
+        sse: Some(ServerSideEncryption::Kms { key: Some("alias/wal".into()) }),
+        checksum: Checksum::None,
+        single_writer: true,
+    };
+    assert_eq!(*s3, expected);
+    for (typed, required) in [("\"all\"", 2), ("2", 2), ("1", 1)] {
+        assert_eq!(only(&TWO_REPOSITORIES.replace("\"any\"", typed)).required, required);
+    }
+    assert_eq!(only(&TWO_REPOSITORIES.replace("required = \"any\"", "")).required, 2);
+    let many = refused(&TWO_REPOSITORIES.replace("\"any\"", "3")).to_string();
+    assert!(many.contains("expected \"all\", \"any\" or a number from 1 to 2"), "{many}");
+    // What a restore needs is known without the server.
+    let environment = environment(&TWO_REPOSITORIES.replace("required", "identity_file = \"/id\"\nrequired"));
+    let flags = Flags::default();
+    let archives = Config::load_archives(Sources { path: None, environment: &environment, flags: &flags }).unwrap();
+    assert_eq!((archives[0].repositories.len(), archives[0].identity_file.as_deref()), (2, Some(Path::new("/id"))));
+}
+
+#[test]
+fn one_place_is_not_two_copies() {
+    let same = |first: &str, second: &str| {
+        let text = format!(
+            "[clusters.c]\nrepositories = [\"a\", \"b\"]\n[repositories.a]\n{first}\n[repositories.b]\n{second}\n"
+        );
+        load(&environment(&text), Flags::default()).err().map(|error| error.to_string())
+    };
+    let refused = Some("repositories a and b are the same place (seawall.toml:2)".to_string());
+    assert_eq!(same("url = \"file:///x\"", "url = \"file:///x/\""), refused);
+    assert_eq!(same("url = \"s3://abc/d\"", "url = \"s3://abc/d/\"\nregion = \"x\""), refused);
+    assert_eq!(same("url = \"file:///x\"", "url = \"file:///y\""), None);
+    assert_eq!(same("url = \"s3://abc\"", "url = \"s3://abc\"\nendpoint = \"http://127.0.0.1:1\""), None);
+}
+
+#[test]
+fn s3_repositories_are_checked() {
+    let refused = |url: &str, line: &str| {
+        let error = refused(&format!("{}{line}\n", SIMPLE.replace("file:///var/lib/seawall", url)));
+        assert_eq!(error.exit_code(), ExitCode::Config);
+        error.to_string()
+    };
+    for url in
+        ["s3://", "s3://ab", "s3:///prefix", "s3://buc ket", "s3://bucket//a", "s3://bucket/a/../b", "s3://b?x=y"]
+    {
+        assert!(refused(url, "").contains("s3://bucket/prefix"), "{url}");
+    }
+    for (line, expected) in [
+        ("endpoint = \"store:9000\"", "https://host"),
+        ("endpoint = \"https://store/path\"", "without a path"),
+        ("endpoint = \"https://user@store\"", "https://host"),
+        ("endpoint = \"https://store:0\"", "https://host"),
+        ("endpoint = \"https://[::1\"", "https://host"),
+        ("region = \"\"", "a region's name"),
+        ("path_style = \"yes\"", "true or false"),
+        ("ca_file = \"ca.pem\"", "an absolute path"),
+        ("storage_class = \"STANDARD_IA\"", "a table, such as { wal = \"STANDARD_IA\", backup = \"STANDARD_IA\" }"),
+        ("storage_class = { wal = \"standard\" }", "repositories.local.storage_class.wal \"standard\""),
+        ("storage_class.wal = \"DEEP_ARCHIVE\"", "read at once"),
+        ("sse = \"aes\"", "\"s3\", \"kms\""),
+        ("sse = \"kms:\"", "\"s3\", \"kms\""),
+        ("checksum = \"md5\"", "\"crc32\" or \"none\""),
+        ("single_writer = 1", "true or false"),
+    ] {
+        let error = refused("s3://bucket", line);
+        assert!(error.contains(expected), "{line}: {error}");
+    }
+    for line in ["endpoint = \"http://[::1]:9000\"", "endpoint = \"http://localhost\"", "sse = \"s3\""] {
+        let text = format!("{}{line}\n", SIMPLE.replace("file:///var/lib/seawall", "s3://bucket"));
+        assert!(load(&environment(&text), Flags::default()).unwrap().warnings.is_empty(), "{line}");
+    }
+    let error = refused("file:///x", "region = \"x\"");
+    assert_eq!(error, "repositories.local.region needs an s3:// url (seawall.toml:8)");
+    let plain = SIMPLE.replace("\"file:///var/lib/seawall\"", "\"s3://bucket\"\nendpoint = \"http://store:9000\"");
+    let warnings = load(&environment(&plain), Flags::default()).unwrap().warnings;
+    assert!(warnings.len() == 1 && warnings[0].contains("without encryption: http://store:9000"), "{warnings:?}");
+}
+
+#[test]
+fn spool_and_http_are_tables_of_their_own() {
+    let config = |text: &str| load(&environment(&format!("{SIMPLE}{text}")), Flags::default());
+    let loaded = config("[spool]\npath = \"/spool\"\n[http]\n").unwrap().config;
+    assert_eq!(loaded.spool, Some(SpoolConfig { path: "/spool".into(), limit_bytes: 10 << 30 }));
+    assert_eq!(loaded.http, Some(HttpConfig { listen: "127.0.0.1:9187".parse().unwrap(), token_file: None }));
+    let loaded = config("[spool]\npath = \"/s\"\nlimit = \"64MiB\"\n[http]\nlisten = \"[::]:80\"\n").unwrap();
+    assert_eq!(loaded.config.spool.unwrap().limit_bytes, 64 << 20);
+    assert_eq!(loaded.config.http.unwrap().listen.to_string(), "[::]:80");
+    let plain = config("").unwrap().config;
+    assert_eq!((plain.spool, plain.http), (None, None));
+    for (text, expected) in [
+        ("[spool]", "spool.path is missing"),
+        ("[spool]\npath = \"x\"", "invalid spool.path \"x\""),
+        ("[spool]\npath = \"/s\"\nlimit = \"63MiB\"", "at least 64MiB"),
+        ("[spool]\npath = \"/var/lib/seawall/spool\"", "a directory apart from repository local"),
+        ("[spool]\npath = \"/var\"", "a directory apart from repository local"),
+        ("[spool.main]\npath = \"/s\"", "unknown key spool.main"),
+        ("[http]\nlisten = \"localhost:9187\"", "an IP address and a port"),
+        ("[http]\nlisten = 9187", "text in quotes, such as \"127.0.0.1:9187\", not a number"),
+        ("[http]\ntoken_file = \"t\"", "an absolute path"),
+    ] {
+        let error = config(text).unwrap_err();
+        assert!(error.to_string().contains(expected), "{text}: {error}");
+        assert_eq!(error.exit_code(), ExitCode::Config);
+    }
+    let not_a_table = load(&environment(&format!("http = 1\n{SIMPLE}")), Flags::default()).unwrap_err();
+    assert!(not_a_table.to_string().contains("expected a table: [http]"), "{not_a_table}");
+    let spooled = with("acknowledge = \"spool\"") + "[spool]\npath = \"/spool\"\n";
+    assert_eq!(only(&spooled).acknowledge, Acknowledge::Spool);
+}
+
+/// A secret key where a public one belongs is not repeated, wherever it was typed.
+#[test]
+fn secret_keys_are_never_shown() {
+    const SECRET: &str = "AGE-SECRET-KEY-1CANARY";
+    let error = refused(&with(&format!("encrypt_to = [\"{SECRET}\"]")));
+    assert!(error.to_string().contains("belongs into identity_file"), "{error}");
+    let variable = environment(SIMPLE).with_var("SEAWALL__CLUSTERS__MAIN__ENCRYPT_TO", &format!("{KEY},{SECRET}"));
+    let other = load(&variable, Flags::default()).unwrap_err();
+    for error in [error, other] {
+        assert!(!format!("{error} {error:?} {:?}", error.hint()).contains("CANARY"), "{error}");
+    }
+}
+
+const KEY: &str = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p";
+
+#[test]
+fn keys_in_variables_are_typed_as_the_key_says() {
+    let environment = environment(TWO_REPOSITORIES)
+        .with_var("SEAWALL__CLUSTERS__MAIN__REQUIRED", "2")
+        .with_var("SEAWALL__CLUSTERS__MAIN__SYNCHRONOUS", "true")
+        .with_var("SEAWALL__CLUSTERS__MAIN__ENCRYPT_TO", &format!("{KEY}, {KEY}"))
+        .with_var("SEAWALL__REPOSITORIES__OFFSITE__SINGLE_WRITER", "false")
+        .with_var("SEAWALL__REPOSITORIES__OFFSITE__STORAGE_CLASS__WAL", "ONEZONE_IA")
+        .with_var("SEAWALL__HTTP__LISTEN", "127.0.0.1:1")
+        .with_var("SEAWALL__SPOOL__PATH", "/spool");
+    let config = load(&environment, Flags::default()).unwrap().config;
+    let cluster = &config.clusters[0];
+    assert_eq!((cluster.required, cluster.synchronous, cluster.encrypt_to.is_some()), (2, Some(true), true));
+    let Location::S3(s3) = &cluster.repositories[0].location else { panic!("{cluster:?}") };
+    assert_eq!((s3.single_writer, s3.storage_class.wal.as_deref()), (false, Some("ONEZONE_IA")));
+    assert!(config.http.is_some() && config.spool.is_some());
+    for (variable, value) in
+        [("SYNCHRONOUS", "1"), ("SYNCHRONOUS", ""), ("REQUIRED", "3"), ("REQUIRED", ""), ("ENCRYPT_TO", "")]
+    {
+        let environment = environment.clone().with_var(&format!("SEAWALL__CLUSTERS__MAIN__{variable}"), value);
+        let error = load(&environment, Flags::default()).unwrap_err();
+        assert!(error.to_string().contains(&format!("SEAWALL__CLUSTERS__MAIN__{variable}")), "{error}");
+    }
 }
 
 #[test]
@@ -159,19 +362,28 @@ fn every_key_can_be_a_variable() {
         let mut environment = MemoryEnvironment::new()
             .with_var("SEAWALL__REPOSITORIES__LOCAL__URL", "file:///x")
             .with_var("SEAWALL__CLUSTERS__X__REPOSITORIES", "local")
-            .with_file("/run/secrets/postgres-dsn", 0o600, "host=db")
-            .with_var(&variable, value);
+            .with_file("/run/secrets/postgres-dsn", 0o600, "host=db");
         if doc.key.starts_with("repositories") {
-            environment = environment.with_var("SEAWALL__CLUSTERS__X__REPOSITORIES", "x");
+            environment = environment
+                .with_var("SEAWALL__CLUSTERS__X__REPOSITORIES", "x")
+                .with_var("SEAWALL__REPOSITORIES__X__URL", "s3://bucket");
         }
-        let loaded = load(&environment, Flags::default()).unwrap();
+        if doc.key.starts_with("spool") {
+            environment = environment.with_var("SEAWALL__SPOOL__PATH", "/spool");
+        }
+        let loaded = load(&environment.with_var(&variable, value), Flags::default()).unwrap();
         assert_eq!(loaded.config.clusters[0].name, "x", "{variable}");
     }
     for (variable, expected) in [
         ("SEAWALL__CLUSTERS__MAIN__SOLT", "did you mean slot?"),
         ("SEAWALL__CLUSTER__MAIN__SLOT", "did you mean SEAWALL__CLUSTERS__…?"),
         ("SEAWALL__CLUSTERS__SLOT", "did you mean SEAWALL__CLUSTERS__NAME__KEY?"),
-        ("SEAWALL__HTTP__LISTEN", "not available in this version"),
+        ("SEAWALL__ALERTS__WEBHOOK", "not available in this version"),
+        ("SEAWALL__CLUSTERS__MAIN__BACKUP__FULL", "clusters.main.backup is not available in this version"),
+        ("SEAWALL__HTTP", "did you mean SEAWALL__HTTP__KEY?"),
+        ("SEAWALL__HTTP__LISEN", "did you mean listen?"),
+        ("SEAWALL__REPOSITORIES__LOCAL__STORAGE_CLASS__WLA", "did you mean storage_class.wal?"),
+        ("SEAWALL__REPOSITORIES__LOCAL__STORAGE_CLASS", "unknown key repositories.local.storage_class"),
         ("SEAWALL__CLUSTERS__A__B__SLOT", "1 to 40 characters"),
     ] {
         let error = load(&environment(SIMPLE).with_var(variable, "canary"), Flags::default()).unwrap_err().to_string();
@@ -185,24 +397,39 @@ fn every_key_can_be_a_variable() {
 /// The table of keys and the parser say the same: each example is accepted, each default is what holds without it.
 #[test]
 fn reference_and_parser_agree() {
+    const CLUSTER: &str = "[clusters.c]\nrepositories = [\"local\"]\n";
     for doc in reference() {
-        let (table, key) = doc.key.rsplit_once('.').unwrap();
-        let table = table.replace("NAME", "local");
-        let text = match table.starts_with("repositories") {
-            true => format!("[clusters.c]\n[{table}]\n{key} = {}\n", doc.example),
-            false => format!("[{table}]\n{key} = {}\n[repositories.local]\nurl = \"file:///x\"\n", doc.example),
+        let group = Group::ALL.into_iter().find(|group| doc.key.starts_with(group.name())).unwrap();
+        let (key, _) = group.keys().find(|(_, other)| **other == doc).unwrap();
+        let config = |value: &str| {
+            let line = if value.is_empty() { String::new() } else { format!("{key} = {value}\n") };
+            let of = |this: Group, mut text: String| {
+                // The key's own line stands first, and instead of what stood there.
+                if this == group && !line.is_empty() {
+                    let (table, rest) = text.split_once('\n').unwrap();
+                    let rest: String = rest
+                        .lines()
+                        .filter(|other| !other.starts_with(key))
+                        .map(|other| format!("{other}\n"))
+                        .collect();
+                    text = format!("{table}\n{line}{rest}");
+                }
+                text
+            };
+            let repository = "[repositories.local]\nurl = \"s3://bucket\"\n".to_string();
+            let text = of(Group::Clusters, CLUSTER.to_string())
+                + &of(Group::Repositories, repository)
+                + &of(Group::Spool, "[spool]\npath = \"/s\"\n".to_string())
+                + &of(Group::Http, "[http]\n".to_string());
+            let environment = environment(&text).with_file("/run/secrets/postgres-dsn", 0o600, "host=db");
+            load(&environment, Flags::default()).unwrap_or_else(|error| panic!("{}: {error}\n{text}", doc.key)).config
         };
-        let environment = environment(&text).with_file("/run/secrets/postgres-dsn", 0o600, "host=db");
-        let accepted = load(&environment, Flags::default());
-        assert!(accepted.is_ok(), "{}: {accepted:?}", doc.key);
+        config(doc.example);
         assert!(!doc.effect.is_empty() && !doc.kind.is_empty());
-
-        let Some(default) = doc.default.filter(|default| default.starts_with('"') && default.ends_with('"')) else {
-            continue;
-        };
-        let plain = "[clusters.c]\n[repositories.local]\nurl = \"file:///x\"\n";
-        let spelled = plain.replace("[clusters.c]\n", &format!("[clusters.c]\n{key} = {default}\n"));
-        assert_eq!(format!("{:?}", only(plain)), format!("{:?}", only(&spelled)), "{}", doc.key);
+        let is_value =
+            |default: &&str| ["true", "false"].contains(default) || default.starts_with('"') && default.ends_with('"');
+        let Some(default) = doc.default.filter(is_value) else { continue };
+        assert_eq!(format!("{:?}", config("")), format!("{:?}", config(default)), "{}", doc.key);
     }
 }
 
@@ -226,6 +453,9 @@ fn flags_alone_describe_main() {
     assert_eq!(load(&empty, named("main")).unwrap().config.clusters[0].name, "main");
     let error = load(&empty, named("x")).unwrap_err();
     assert_eq!(error.hint().unwrap(), "without a configuration file the one cluster is called main");
+
+    let s3 = load(&empty, flags("host=db", "s3://bucket/prefix", "")).unwrap().config;
+    assert!(matches!(&s3.clusters[0].repositories[0].location, Location::S3(s3) if s3.prefix == "prefix"));
 
     for bad in [flags("hots=x", "file:///r", ""), flags("", "file://r", ""), flags("", "file:///r", "A")] {
         assert_eq!(load(&empty, bad).unwrap_err().exit_code(), ExitCode::Usage);
@@ -328,6 +558,16 @@ fn example_reads_back_without_the_password() {
     let again = only(&example);
     assert_eq!(format!("{:?}", loaded.config.clusters[0]), format!("{again:?}"));
     assert_eq!(again.postgres.to_keywords(), loaded.config.clusters[0].postgres.to_keywords());
+
+    let text = TWO_REPOSITORIES.replace(
+        "required",
+        &format!(
+            "acknowledge = \"spool\"\nsynchronous = false\nencrypt_to = [\"{KEY}\"]\nidentity_file = \"/i\"\nrequired"
+        ),
+    ) + "[spool]\npath = \"/spool\"\nlimit = \"1TiB\"\n[http]\nlisten = \"0.0.0.0:80\"\ntoken_file = \"/t\"\n";
+    let config = load(&environment(&text), Flags::default()).unwrap().config;
+    let again = load(&environment(&config.to_example_toml()), Flags::default()).unwrap().config;
+    assert_eq!(format!("{config:?}"), format!("{again:?}"));
 }
 
 #[test]

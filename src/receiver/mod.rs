@@ -144,6 +144,8 @@ pub struct Wiring {
     pub server_stopping: CancellationToken,
     /// Paused, streaming, stopping: for `status`.
     pub activity: Arc<watch::Sender<Activity>>,
+    /// Commits on the server wait for what is acknowledged: cut as soon as the cut before is acknowledged.
+    pub synchronous: watch::Receiver<bool>,
     pub clock: Clock,
 }
 
@@ -200,6 +202,8 @@ pub struct Receiver<'a> {
     outbox: VecDeque<Piece>,
     /// Up to here a cut was handed on, or it was durable before.
     cut_to: Lsn,
+    /// The end of the cut handed on last.
+    last_cut: Option<Lsn>,
     /// Since when there are proven bytes above `cut_to`.
     uncut_since: Option<Instant>,
     paused: bool,
@@ -250,6 +254,7 @@ impl<'a> Receiver<'a> {
             started: Instant::now(),
             outbox: VecDeque::new(),
             cut_to: resumed.bytes_end,
+            last_cut: None,
             uncut_since: None,
             paused: false,
             ending: None,
@@ -331,11 +336,18 @@ impl<'a> Receiver<'a> {
             Some(Due::Status { reply_requested }) => self.queue_status(reply_requested),
             None => {}
         }
-        let due = self.uncut_since.is_some_and(|since| since.elapsed() >= self.options.tail_interval);
+        let tail_interval = self.options.tail_interval;
+        let due = self.uncut_since.is_some_and(|since| since.elapsed() >= tail_interval || self.may_group_commit());
         if (due || self.ending.is_some()) && self.outbox.is_empty() {
             self.cut(false);
         }
         Ok(())
+    }
+
+    /// Whether commits wait for what is proven, and nothing they have to wait for first: one tail at a time holds
+    /// everything that was committed while the tail before it was stored.
+    fn may_group_commit(&self) -> bool {
+        *self.wiring.synchronous.borrow() && self.last_cut.is_none_or(|to| self.wiring.progress.borrow().is_durable(to))
     }
 
     fn next_wake(&self) -> Instant {
@@ -354,8 +366,7 @@ impl<'a> Receiver<'a> {
         let settled = {
             let progress = self.wiring.progress.borrow();
             let proven = progress.proven();
-            self.outbox.is_empty()
-                && progress.stored().iter().all(|stored| stored.record_end >= proven.min(self.cut_to))
+            self.outbox.is_empty() && progress.is_settled(proven.min(self.cut_to))
         };
         let over = Instant::now() >= ending.deadline;
         match ending.by_server {
@@ -474,6 +485,7 @@ impl<'a> Receiver<'a> {
         self.cut_to = self.cut_to.max(to);
         let last_commit = self.scanner.last_commit().map(|commit| commit.time);
         let partial = self.framer.partial(to);
+        self.last_cut = Some(to);
         self.outbox.push_back(Piece::Cut(Cut { to, partial, last_commit, is_final }));
     }
 

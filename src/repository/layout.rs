@@ -21,6 +21,11 @@ pub fn probe(random: u32) -> Key {
     Key::new(format!("check-{random:08x}.probe"))
 }
 
+/// An object kept for ever, on which is tried whether a store honours conditions on writes. No name a reader looks at.
+pub fn conditional_probe() -> Key {
+    Key::new("conditional.probe")
+}
+
 /// The directory of a cluster. `cluster` is a checked name: `[a-z0-9_]{1,40}`.
 pub fn cluster(cluster: &str) -> Key {
     Key::new(cluster)

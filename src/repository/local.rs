@@ -5,7 +5,7 @@
 //! Every operation starts at the root and checks that it is still the one it was: a volume that is not mounted
 //! shows an empty directory in its place, and writing there would look like success until it is mounted again.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
@@ -202,7 +202,14 @@ impl Backend for LocalBackend {
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let object = key.clone();
-        self.run(self.operation("delete", key, 0), move |shared| shared.delete(&object)).await
+        self.run(self.operation("delete", key, 0), move |shared| shared.delete(&[object])).await
+    }
+
+    /// One sync for each directory: on a journaling file system every one holds up the writers beside it.
+    async fn delete_all(&self, keys: &[Key]) -> Result<(), StoreError> {
+        let Some(first) = keys.first() else { return Ok(()) };
+        let objects = keys.to_vec();
+        self.run(self.operation("delete", first, 0), move |shared| shared.delete(&objects)).await
     }
 }
 
@@ -274,14 +281,18 @@ impl Shared {
         lock(&self.synced).remove(directory);
     }
 
-    fn delete(&self, key: &Key) -> Result<(), Failed> {
+    fn delete(&self, keys: &[Key]) -> Result<(), Failed> {
         let root = self.root()?;
-        let removed = root.open_below(parent(key)).and_then(|directory| directory.remove_file(key.file_name()));
-        match removed {
-            Ok(()) => self.prune(&root, parent(key)),
-            // A directory of that name is no object.
-            Err(error) if is_absent(&error) || error.kind() == io::ErrorKind::IsADirectory => {}
-            Err(error) => return Err(error.into()),
+        let mut by_directory: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+        for key in keys {
+            by_directory.entry(parent(key)).or_default().push(key.file_name());
+        }
+        for (path, names) in by_directory {
+            match root.open_below(path).and_then(|directory| directory.remove_files(&names)) {
+                Ok(()) => self.prune(&root, path),
+                Err(error) if is_absent(&error) => {}
+                Err(error) => return Err(error.into()),
+            }
         }
         Ok(())
     }

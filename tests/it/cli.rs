@@ -189,7 +189,7 @@ fn wal_get_never_returns_what_postgresql_takes_for_the_end() {
         (&["wal-get"], "required arguments"),
         (&["wal-get", name], "DEST"),
         (&["wal-get", name, dest, "--nonsense"], "--nonsense"),
-        (&["--repository", "s3://bucket", "wal-get", name, dest], "not available"),
+        (&["--repository", "gs://bucket", "wal-get", name, dest], "not available"),
         (&["--config", broken, "wal-get", name, dest], "unknown key"),
         (&["--config", "/no/such/file", "wal-get", name, dest], "could not read /no/such/file"),
         (&["--repository", &url, "wal-get", name, dest], "is the volume mounted"),

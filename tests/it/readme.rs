@@ -20,7 +20,8 @@ fn lists_every_key_of_the_configuration_as_the_program_knows_it() {
     };
     let expected: Vec<String> = config::reference().into_iter().map(row).collect();
     let text = readme();
-    let is_row = |line: &&str| line.starts_with("| `clusters.") || line.starts_with("| `repositories.");
+    let groups = ["clusters", "repositories", "spool", "http"].map(|group| format!("| `{group}."));
+    let is_row = |line: &&str| groups.iter().any(|start| line.starts_with(start));
     let found: Vec<&str> = text.lines().filter(is_row).collect();
     assert_eq!(found, expected, "README.md's table should be:\n{}", expected.join("\n"));
 }

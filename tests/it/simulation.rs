@@ -203,6 +203,7 @@ impl Simulation {
             shutdown_grace: Duration::from_secs(10),
             // Where nothing can be read back, the budget has to hold a whole segment.
             memory_bytes: if reads_back { rng.u64(1..8) * MIB / 4 } else { size.bytes() * rng.u64(4..8) / 2 },
+            synchronous: None,
             keys: if encrypts && rng.bool() { encrypted() } else { Keys::default() },
             host: None,
         };

@@ -19,6 +19,8 @@ const PURE: &[&str] = &[
     "src/receiver/resume.rs",
     "src/continuity.rs",
     "src/repository/layout.rs",
+    "src/repository/s3/options.rs",
+    "src/repository/s3/answer.rs",
     "src/replication/message.rs",
     "src/replication/command.rs",
     "src/replication/framing.rs",
@@ -35,7 +37,7 @@ const IMPURE: &[&str] =
 /// Where a third-party crate may be named.
 const ADDRESSES: &[(&str, &[&str])] = &[
     ("clap", &["src/cli/", "src/main.rs"]),
-    ("rustls", &["src/replication/"]),
+    ("rustls", &["src/replication/", "src/repository/s3/"]),
     ("tokio_rustls", &["src/replication/"]),
     ("toml", &["src/config/"]),
     ("zstd", &["src/codec/"]),
@@ -43,6 +45,10 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("age", &["src/codec/encrypt.rs"]),
     ("aws_sdk_s3", &["src/repository/s3/"]),
     ("aws_config", &["src/repository/s3/"]),
+    ("aws_smithy_http_client", &["src/repository/s3/"]),
+    ("aws_smithy_runtime_api", &["src/repository/s3/"]),
+    ("aws_smithy_types", &["src/repository/s3/"]),
+    ("http_body", &["src/repository/s3/"]),
     ("axum", &["src/monitor/"]),
     ("metrics", &["src/telemetry.rs", "src/monitor/"]),
     ("metrics_exporter_prometheus", &["src/monitor/"]),

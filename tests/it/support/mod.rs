@@ -9,6 +9,10 @@ pub mod model;
 pub mod postgres;
 pub mod process;
 pub mod rig;
+pub mod s3;
+mod s3_http;
+mod s3_memory;
+mod s3_rule;
 
 /// One test per PostgreSQL major from one function taking the major; those not installed here say so and pass.
 ///

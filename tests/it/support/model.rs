@@ -95,6 +95,7 @@ impl Model {
             tail_interval: Duration::from_secs(1),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: 8 * MIB,
+            synchronous: None,
             keys: self.keys.clone(),
             host: None,
         };
