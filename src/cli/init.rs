@@ -19,8 +19,8 @@ use crate::config::{ClusterConfig, Config, ConfigError, Sources};
 use crate::error::{ExitCode, Failure};
 use crate::postgres::{Purpose, SystemEnvironment, connect};
 use crate::replication::{Address, Connection, Login, SystemIdentity};
-use crate::repository::layout::Lineage;
 use crate::repository::StoreErrorKind;
+use crate::repository::layout::Lineage;
 use crate::wal::{Lsn, SystemId};
 
 /// What `init` shows where nothing is configured yet.
