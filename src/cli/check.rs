@@ -1,9 +1,10 @@
 //! Owns: `check`: what stands in the way of archiving, or will, each finding with its cure.
-//! Does not own: the questions (`server.rs`), what the agent does about a finding (`agent`).
+//! Does not own: the questions (`server.rs`), repositories (`check/archive.rs`), what the agent does about a finding (`agent`).
 
-use std::sync::Arc;
+mod archive;
 
-use bytes::Bytes;
+use std::path::Path;
+
 use jiff::Timestamp;
 use serde::Serialize;
 
@@ -12,19 +13,13 @@ use super::server::{self, ServerFacts};
 use super::{Verdict, output, setup};
 use crate::agent::world::World;
 use crate::archiver::Workers;
-use crate::catalog::store;
-use crate::config::{ClusterConfig, Location};
+use crate::config::ClusterConfig;
 use crate::error::Failure;
 use crate::postgres::Purpose;
 use crate::replication::{Address, Connection, Login};
-use crate::repository::s3::{Finding, Outcome};
-use crate::repository::{Backend, S3Backend, layout};
-use crate::wal::SystemId;
 
 /// Times of commits and of gaps are compared by people across machines.
 const CLOCK_SKEW_SECONDS_MAX: f64 = 2.0;
-/// Less than this on the repository's volume is hours, not days, on a busy server.
-const FREE_BYTES_MIN: u64 = 10 << 30;
 
 #[derive(Debug, Serialize)]
 struct Answer {
@@ -86,7 +81,8 @@ pub fn run(global: &Global, _args: &CheckArgs) -> Result<Verdict, Failure> {
     let checked = setup::block_on(async {
         let mut checked = Vec::new();
         for cluster in &clusters {
-            checked.push(ClusterCheck { name: cluster.name.clone(), checks: examine(cluster).await? });
+            let checks = examine(cluster, loaded.path.as_deref()).await?;
+            checked.push(ClusterCheck { name: cluster.name.clone(), checks });
         }
         Ok::<_, Failure>(checked)
     });
@@ -122,7 +118,7 @@ fn to_text(cluster: &ClusterCheck) -> String {
     lines.join("\n")
 }
 
-async fn examine(cluster: &ClusterConfig) -> Result<Vec<Check>, Failure> {
+async fn examine(cluster: &ClusterConfig, config: Option<&Path>) -> Result<Vec<Check>, Failure> {
     let world = setup::world(cluster, Workers::inline());
     let slot = setup::slot_name(cluster)?;
     let mut checks = hosts(&world).await;
@@ -131,8 +127,9 @@ async fn examine(cluster: &ClusterConfig) -> Result<Vec<Check>, Failure> {
         Ok(facts) => checks.extend(server_checks(cluster, facts, world.clock.now())),
         Err(failure) => checks.push(Check::failed("SQL session", failure.clone())),
     }
-    checks.extend(repository_checks(cluster, &world, server.as_ref().ok().and_then(|facts| facts.system_id)).await);
-    checks.push(restore_path(cluster));
+    let system_id = server.as_ref().ok().and_then(|facts| facts.system_id);
+    checks.extend(archive::examine(cluster, system_id, world.random_u32()).await);
+    checks.push(archive::restore_path(cluster, config));
     Ok(checks)
 }
 
@@ -354,111 +351,4 @@ fn clock(facts: &ServerFacts, now: Timestamp) -> Option<Check> {
         ),
         false => Check::ok("clock", "agrees with the server"),
     })
-}
-
-// --- Repository --------------------------------------------------------------------------------------------------
-
-async fn repository_checks(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Vec<Check> {
-    let mut checks = vec![contents(cluster, world, system_id).await];
-    let repository = &cluster.repositories[0];
-    match &repository.location {
-        Location::Local(_) => checks.push(match probe(&world.backend, world.random_u32()).await {
-            Ok(()) => Check::ok("repository writable", format!("{} stores, reads and deletes", repository.url)),
-            Err(failure) => Check::failed("repository writable", failure),
-        }),
-        Location::S3(options) => {
-            let findings = S3Backend::open(options.clone()).survey(world.random_u32()).await;
-            checks.extend(findings.into_iter().map(store_check));
-        }
-    }
-    checks.extend(free_space(&repository.location));
-    checks
-}
-
-fn store_check(finding: Finding) -> Check {
-    match finding.outcome {
-        Outcome::Good(found) => Check::ok(finding.what, found),
-        Outcome::Fair { found, cure } => Check::warning(finding.what, found, cure),
-        Outcome::Bad(error) => Check::failed(finding.what, error.into()),
-    }
-}
-
-async fn contents(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Check {
-    const WHAT: &str = "repository";
-    let backend = world.backend.as_ref();
-    let look = async {
-        let repository = store::read_repository(backend).await?;
-        let lineages = match repository {
-            Some(_) => store::lineages(backend, &cluster.name).await?,
-            None => Vec::new(),
-        };
-        Ok::<_, store::CatalogError>(lineages)
-    };
-    let lineages = match look.await {
-        Ok(lineages) => lineages,
-        Err(error) => return Check::failed(WHAT, error.into()),
-    };
-    let names: Vec<String> = lineages.iter().map(|(lineage, _)| lineage.directory_name()).collect();
-    let Some(system_id) = system_id else { return Check::ok(WHAT, format!("lineages: {}", names.join(", "))) };
-    match lineages.iter().any(|(lineage, _)| lineage.system_id == system_id) {
-        true => Check::ok(WHAT, format!("holds system {system_id} for cluster {}", cluster.name)),
-        false if names.is_empty() => {
-            Check::ok(WHAT, format!("holds nothing for cluster {} yet: `seawall run` begins", cluster.name))
-        }
-        false => Check::problem(
-            WHAT,
-            format!(
-                "holds cluster {} of other systems ({}), the server is {system_id}",
-                cluster.name,
-                names.join(", ")
-            ),
-            "is this the right server, and the right repository? If it replaces the old one: `seawall init --new-lineage`",
-        ),
-    }
-}
-
-/// Stores, reads and deletes a small object.
-async fn probe(backend: &Arc<dyn Backend>, random: u32) -> Result<(), Failure> {
-    let key = layout::probe(random);
-    let body = Bytes::from_static(b"seawall check: may be deleted\n");
-    backend.put_new(&key, std::slice::from_ref(&body)).await?;
-    let read = backend.fetch(&key, 0..body.len() as u64).await;
-    backend.delete(&key).await?;
-    match read? == body {
-        true => Ok(()),
-        false => Err(Failure::new(crate::error::ExitCode::Data, "the store gave back other bytes than it was given")),
-    }
-}
-
-fn free_space(location: &Location) -> Option<Check> {
-    let Location::Local(path) = location else { return None };
-    let found = rustix::fs::statvfs(path).ok()?;
-    let free = found.f_bavail.saturating_mul(found.f_frsize);
-    let text = format!("{} on the repository's volume", output::size(free));
-    Some(match free < FREE_BYTES_MIN {
-        true => Check::warning(
-            "free space",
-            text,
-            "make room: a full repository stops archiving, and WAL stays on the server",
-        ),
-        false => Check::ok("free space", text),
-    })
-}
-
-/// The line to put into postgresql.conf of a restored server.
-fn restore_path(cluster: &ClusterConfig) -> Check {
-    const WHAT: &str = "restore path";
-    match std::env::current_exe() {
-        Ok(path) => {
-            let repository = &cluster.repositories[0].url;
-            let name = &cluster.name;
-            let command = format!("{} --repository {repository} --cluster {name} wal-get %f %p", path.display());
-            Check::ok(WHAT, format!("restore_command = '{command}'"))
-        }
-        Err(error) => Check::warning(
-            WHAT,
-            format!("could not tell where this program is: {error}"),
-            "use an absolute path in restore_command: servers have a short PATH",
-        ),
-    }
 }

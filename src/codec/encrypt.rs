@@ -49,6 +49,11 @@ impl Recipients {
         };
         Ok(Recipients(Arc::new(keys.iter().map(parse).collect::<Result<_, _>>()?)))
     }
+
+    /// As `age1…`.
+    pub fn public_keys(&self) -> Vec<String> {
+        self.0.iter().map(ToString::to_string).collect()
+    }
 }
 
 /// Private keys. Printed, they show how many they are and the public keys they belong to.
