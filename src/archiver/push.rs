@@ -119,7 +119,7 @@ pub async fn append_to_upload(
     let mut upload = upload.lock().await;
     let open = upload.as_mut().ok_or_else(|| upload_gone(start))?;
     for held in frames {
-        let bytes = writer.call_once(held.load()).await?;
+        let bytes = writer.load(held.load()).await?;
         let mut delays = Delays::new();
         loop {
             match writer.call_once(open.append(bytes.clone())).await {
@@ -187,7 +187,7 @@ pub async fn push_tail(
     let mut delays = Delays::new();
     loop {
         // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
-        let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
+        let parts = writer.load(segment.parts(plan.from, plan.to, &cut, workers)).await?;
         let tail = TailName {
             epoch: writer.epoch,
             from: plan.from,
