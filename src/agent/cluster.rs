@@ -300,7 +300,7 @@ impl ClusterAgent {
     /// With `acknowledge = "spool"` the slot may stand beyond what repository and spool hold together.
     fn say_what_the_spool_lost(&self, frontier: &Frontier, slot_restart: Lsn) {
         let held = frontier.stored().record_end;
-        if self.options.acknowledge == Acknowledge::Spool && slot_restart > held {
+        if self.options.acknowledge == Acknowledge::Spool && held > Lsn::ZERO && slot_restart > held {
             tracing::error!(
                 cluster = self.options.name, timeline = %frontier.timeline, from = %held, to = %slot_restart,
                 hint = "the spool was lost or damaged; where the server has removed this WAL the archive has a gap and \

@@ -302,7 +302,7 @@ pub async fn push_tail(
     let mut delays = Delays::new();
     loop {
         // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
-        let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, &making.workers)).await?;
+        let parts = writer.load(segment.parts(plan.from, plan.to, &cut, &making.workers)).await?;
         let body = Body::new(parts.pieces, recipients, &making.workers, &making.memory).await?;
         let tail = TailName {
             epoch: writer.epoch,

@@ -9,10 +9,12 @@
 //! Overflow is not synced: nothing is promised about it, and after a power loss its checksums tell what is there.
 //!
 //! The journal claims only what a crash would leave for the next agent to begin with: a run that starts with a
-//! segment, at or below what the repositories hold. A failure ends the run; the next one begins with the next segment,
-//! and counts once the repositories have reached its start.
+//! segment, at or below what the repositories hold. A batch that fails is taken back and written again later; frames
+//! that the repositories have taken by then end the run. The next one begins with a segment, and counts once the
+//! repositories have reached its start.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io::ErrorKind;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -32,6 +34,8 @@ use crate::wal::{Lsn, SegmentSize, TimelineId};
 const BATCH_BYTES: u64 = 8 << 20;
 /// After a failure the disk is left alone for this long.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// A disk that has not taken a batch for this long is not waited for: the repositories may be faster.
+const STUCK_AFTER: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug)]
 pub struct SpoolingOptions {
@@ -61,11 +65,12 @@ pub struct Spooling {
     health: Arc<watch::Sender<SpoolHealth>>,
     /// `None` while a batch is being written.
     writer: Option<RunWriter>,
-    /// For the journal: what is not written yet, kept until it is.
+    /// For the journal: what is not written yet.
     journal: VecDeque<Entry>,
-    /// Encoded bytes only the journal may be keeping in memory.
-    journal_bytes: u64,
     run: Run,
+    /// The run before the batch that is being written.
+    run_before: Run,
+    stuck_at: Option<Instant>,
     /// In the order of the stream: frames in memory that are not in the spool.
     unspooled: VecDeque<Weak<HeldFrame>>,
     /// In the order of the stream: frames that are in both.
@@ -76,15 +81,15 @@ pub struct Spooling {
     retry_at: Option<Instant>,
 }
 
-/// What the journal has to write.
+/// What is to be written.
 #[derive(Debug)]
 enum Entry {
-    Frame(Arc<HeldFrame>),
+    /// Kept in memory until it is written, as long as the disk takes WAL: then nothing may be missing. While it does
+    /// not, the journal keeps nothing that the repositories no longer need.
+    Frame(Weak<HeldFrame>, Option<Arc<HeldFrame>>),
     Cut(Arc<Cut>),
-    /// A segment's end is proven: its last record end.
-    Seal {
-        record_end: Lsn,
-    },
+    /// A record ends here, in a frame before.
+    RecordEnd(Lsn),
 }
 
 /// The journal's current run: contiguous, durable.
@@ -94,7 +99,7 @@ enum Run {
     Waiting,
     Going {
         start: Lsn,
-        /// Up to here it was handed to the writer.
+        /// The next frame to be written begins here.
         end: Lsn,
         /// Up to here it is synced.
         synced: Stored,
@@ -109,11 +114,10 @@ struct Batch {
     files: Vec<Arc<RunFile>>,
     /// Pieces whose frame is durable as a whole now.
     ended_tails: Vec<Arc<RunFile>>,
-    /// What of the journal's run is durable, and where the run began.
-    synced: Option<(Lsn, Stored)>,
-    /// Frames that a failure kept from being written.
-    unwritten: Vec<Weak<HeldFrame>>,
-    failure: Option<SpoolError>,
+    /// What of the journal's run is durable.
+    synced: Option<Stored>,
+    /// What went wrong, and everything that is to be written again.
+    failure: Option<(SpoolError, Vec<Entry>)>,
 }
 
 impl Spooling {
@@ -133,8 +137,9 @@ impl Spooling {
             health,
             writer: Some(writer),
             journal: VecDeque::new(),
-            journal_bytes: 0,
             run: Run::Waiting,
+            run_before: Run::Waiting,
+            stuck_at: None,
             unspooled: VecDeque::new(),
             spooled: VecDeque::new(),
             files: BTreeMap::new(),
@@ -151,10 +156,12 @@ impl Spooling {
             if writing.is_none() {
                 writing = self.start_batch();
             }
-            if !open && writing.is_none() && (self.journal.is_empty() || self.retry_at.is_some()) {
+            // What cannot be written now is nothing to wait for at the end.
+            if !open && writing.is_none() {
                 return;
             }
             let retry_at = self.retry_at.unwrap_or_else(Instant::now);
+            let stuck_at = self.stuck_at.unwrap_or_else(Instant::now);
             tokio::select! {
                 biased;
                 batch = async { writing.as_mut().expect("checked: there is one").await }, if writing.is_some() => {
@@ -171,6 +178,11 @@ impl Spooling {
                     self.sweep();
                 }
                 () = tokio::time::sleep_until(retry_at), if self.retry_at.is_some() => self.retry_at = None,
+                () = tokio::time::sleep_until(stuck_at), if self.stuck_at.is_some() => {
+                    self.stuck_at = None;
+                    self.say(format!("its disk has not taken a write for {STUCK_AFTER:?}"), None);
+                    self.let_go();
+                }
             }
         }
     }
@@ -180,86 +192,104 @@ impl Spooling {
     }
 
     fn handle_encoded(&mut self, encoded: Encoded) {
-        if !self.is_journal() {
-            if let Encoded::Frame(frame) = encoded {
-                self.unspooled.push_back(Arc::downgrade(&frame));
+        let is_failing = self.is_failing();
+        match encoded {
+            Encoded::Frame(frame) if !self.is_journal() => self.unspooled.push_back(Arc::downgrade(&frame)),
+            Encoded::Frame(frame) => {
+                let covered = match self.journal.back() {
+                    // All of the cut's bytes are in the frame.
+                    Some(Entry::Cut(cut)) => Some(cut.to),
+                    _ => None,
+                };
+                if covered.is_some() {
+                    self.journal.pop_back();
+                }
+                let kept = Some(frame.clone()).filter(|_| !is_failing);
+                self.journal.push_back(Entry::Frame(Arc::downgrade(&frame), kept));
+                self.journal.extend(covered.map(Entry::RecordEnd));
             }
-            return;
-        }
-        let entry = match encoded {
-            Encoded::Frame(frame) => Entry::Frame(frame),
-            Encoded::Cut(cut) => {
+            Encoded::Cut(cut) if self.is_journal() && !is_failing => {
                 // A later cut holds all of an earlier one.
                 if let Some(Entry::Cut(_)) = self.journal.back() {
                     self.journal.pop_back();
                 }
-                Entry::Cut(cut)
+                self.journal.push_back(Entry::Cut(cut));
             }
-            Encoded::Seal(sealed) => match sealed.summary.record_end {
-                Some(record_end) => Entry::Seal { record_end },
-                None => return,
-            },
+            Encoded::Seal(sealed) if self.is_journal() => {
+                self.journal.extend(sealed.summary.record_end.map(Entry::RecordEnd));
+            }
+            Encoded::Cut(_) | Encoded::Seal(_) => {}
+        }
+        if is_failing {
+            self.forget_stored();
+        }
+    }
+
+    fn is_failing(&self) -> bool {
+        self.health.borrow().failure.is_some()
+    }
+
+    /// While the disk takes nothing, what the repositories have taken is nothing to write any more.
+    fn forget_stored(&mut self) {
+        let is_gone = |entry: &Entry| match entry {
+            Entry::Frame(frame, _) => frame.strong_count() == 0,
+            Entry::Cut(_) | Entry::RecordEnd(_) => true,
         };
-        if !self.admit(&entry) {
-            if let Entry::Frame(frame) = entry {
-                self.unspooled.push_back(Arc::downgrade(&frame));
+        while self.journal.front().is_some_and(is_gone) {
+            self.journal.pop_front();
+        }
+    }
+
+    /// Keeps nothing in memory for the journal's sake.
+    fn let_go(&mut self) {
+        for entry in &mut self.journal {
+            if let Entry::Frame(_, kept) = entry {
+                *kept = None;
             }
-            return;
         }
-        if let Entry::Frame(frame) = &entry {
-            self.journal_bytes += frame.stored_bytes;
-        }
-        self.journal.push_back(entry);
-        if self.journal_bytes > self.options.memory.limit_bytes() / 2 {
-            self.fail("its disk takes WAL slower than the server writes it", None);
-        }
+        self.journal.retain(|entry| !matches!(entry, Entry::Cut(_)));
     }
 
     /// Whether the journal's run takes this; begins a run where one can.
     fn admit(&mut self, entry: &Entry) -> bool {
+        let size = self.options.segment_size;
+        let begun = |start: Lsn, end: Lsn| {
+            Run::Going { start, end, synced: Stored { record_end: Lsn::ZERO, bytes_end: start } }
+        };
         match (entry, &mut self.run) {
-            (Entry::Frame(frame), Run::Going { end, .. }) if *end == frame.start => {
-                *end = frame.end();
+            (Entry::Frame(frame, _), run) => {
+                let frame = frame.upgrade();
+                match (frame, &mut *run) {
+                    (Some(frame), Run::Going { end, .. }) if *end == frame.start => *end = frame.end(),
+                    (Some(frame), run) if size.is_start(frame.start) => *run = begun(frame.start, frame.end()),
+                    // Missing, or behind what is missing.
+                    (_, run) => {
+                        *run = Run::Waiting;
+                        return false;
+                    }
+                }
                 true
             }
-            (Entry::Frame(frame), run) => {
-                let size = self.options.segment_size;
-                let may_begin = size.is_start(frame.start)
-                    && self.retry_at.is_none()
-                    && self.spool.has_room_for(self.spool.usage().limit_bytes() / 16);
-                if may_begin {
-                    let synced = Stored { record_end: Lsn::ZERO, bytes_end: frame.start };
-                    *run = Run::Going { start: frame.start, end: frame.end(), synced };
+            (Entry::Cut(cut), run) => match (&cut.partial, &mut *run) {
+                (Some(partial), Run::Going { end, .. }) => partial.start == *end,
+                (None, Run::Going { end, .. }) => cut.to <= *end,
+                (Some(partial), run) if size.is_start(partial.start) => {
+                    *run = begun(partial.start, partial.start);
+                    true
                 }
-                may_begin
-            }
-            (Entry::Cut(cut), run @ Run::Waiting) => {
-                // The segment's first frame is not whole yet.
-                let Some(partial) = cut.partial.as_ref() else { return false };
-                let start = partial.start;
-                // After a failure the pieces of this frame may have left a file under its name.
-                let may_begin = self.options.segment_size.is_start(start) && self.health.borrow().failure.is_none();
-                if may_begin {
-                    let synced = Stored { record_end: Lsn::ZERO, bytes_end: start };
-                    *run = Run::Going { start, end: start, synced };
-                }
-                may_begin
-            }
-            (Entry::Cut(cut), Run::Going { end, .. }) => match &cut.partial {
-                Some(partial) => partial.start == *end,
-                None => cut.to <= *end,
+                _ => false,
             },
-            (Entry::Seal { .. }, Run::Going { .. }) => true,
-            (Entry::Seal { .. }, Run::Waiting) => false,
+            (Entry::RecordEnd(_), run) => matches!(run, Run::Going { .. }),
         }
     }
 
     // --- Writing ---
 
     fn start_batch(&mut self) -> Option<JoinHandle<Batch>> {
-        if self.retry_at.is_some() {
+        if self.retry_at.is_some() || self.writer.is_none() {
             return None;
         }
+        self.run_before = self.run;
         let entries = if self.is_journal() { self.take_journal() } else { self.take_overflow() };
         if entries.is_empty() {
             return None;
@@ -267,24 +297,54 @@ impl Spooling {
         let writer = self.writer.take()?;
         let workers = self.workers.clone();
         let synced = match self.run {
-            Run::Going { start, synced, .. } if self.is_journal() => Some((start, synced)),
+            Run::Going { synced, .. } if self.is_journal() => Some(synced),
             _ => None,
         };
+        self.stuck_at = Some(Instant::now() + STUCK_AFTER);
         Some(tokio::spawn(async move { workers.run(move |encoder| write(writer, entries, synced, encoder)).await }))
     }
 
+    /// What comes next in the journal, of one run.
     fn take_journal(&mut self) -> Vec<Entry> {
         let mut taken = Vec::new();
         let mut bytes = 0;
         while bytes < BATCH_BYTES
             && let Some(entry) = self.journal.pop_front()
         {
-            if let Entry::Frame(frame) = &entry {
-                bytes += frame.stored_bytes;
+            let next_bytes = match &entry {
+                Entry::Frame(frame, _) => frame.upgrade().map_or(0, |frame| frame.stored_bytes),
+                Entry::Cut(cut) => cut.partial.as_ref().map_or(0, |partial| cut.to - partial.start),
+                Entry::RecordEnd(_) => 0,
+            };
+            if !self.spool.has_room_for(bytes + next_bytes) {
+                self.journal.push_front(entry);
+                if taken.is_empty() {
+                    self.say_full();
+                    self.let_go();
+                    self.retry_at = Some(Instant::now() + RETRY_AFTER);
+                }
+                break;
             }
-            taken.push(entry);
+            let run = self.run;
+            if !self.admit(&entry) {
+                continue;
+            }
+            let is_another = |run: Run, other: Run| match (run, other) {
+                (Run::Going { start, .. }, Run::Going { start: other, .. }) => start != other,
+                _ => false,
+            };
+            if !taken.is_empty() && is_another(run, self.run) {
+                self.run = run;
+                self.journal.push_front(entry);
+                break;
+            }
+            bytes += next_bytes;
+            taken.push(match entry {
+                // From here to the disk it must not go away.
+                Entry::Frame(frame, kept) => Entry::Frame(frame.clone(), kept.or_else(|| frame.upgrade())),
+                other => other,
+            });
         }
-        self.journal_bytes -= bytes;
         if taken.is_empty() {
             self.leave_memory();
         }
@@ -302,14 +362,13 @@ impl Spooling {
             if let Some(frame) = frame.upgrade() {
                 if !self.spool.has_room_for(bytes + frame.stored_bytes) {
                     self.unspooled.push_front(Arc::downgrade(&frame));
-                    self.say_failure(&SpoolError::Full {
-                        used_bytes: self.spool.usage().used_bytes(),
-                        limit_bytes: self.spool.usage().limit_bytes(),
-                    });
+                    if taken.is_empty() {
+                        self.say_full();
+                    }
                     break;
                 }
                 bytes += frame.stored_bytes;
-                taken.push(Entry::Frame(frame));
+                taken.push(Entry::Frame(Arc::downgrade(&frame), Some(frame)));
             }
         }
         taken
@@ -336,6 +395,21 @@ impl Spooling {
 
     fn handle_batch(&mut self, batch: Batch) {
         self.writer = Some(batch.writer);
+        self.stuck_at = None;
+        if let Some((error, entries)) = batch.failure {
+            self.say_failure(&error);
+            self.run = self.run_before;
+            self.retry_at = Some(Instant::now() + RETRY_AFTER);
+            for entry in entries.into_iter().rev() {
+                match entry {
+                    Entry::Frame(frame, _) if !self.is_journal() => self.unspooled.push_front(frame),
+                    entry => self.journal.push_front(entry),
+                }
+            }
+            self.let_go();
+            return;
+        }
+        self.say_success();
         let size = self.options.segment_size;
         for file in batch.files {
             let end = file.name.segment.number(size).map_or(file.name.from, |number| size.end_of(number));
@@ -351,47 +425,14 @@ impl Spooling {
                 None => {}
             }
         }
-        for frame in batch.unwritten.into_iter().rev() {
-            self.unspooled.push_front(frame);
-        }
-        match batch.failure {
-            Some(error) => self.fail("", Some(error)),
-            None => self.say_success(),
-        }
-        // A run that was given up meanwhile is not another one's.
-        if let (Some((of, now)), Run::Going { start, synced, .. }) = (batch.synced, &mut self.run)
-            && of == *start
-        {
+        if let (Some(now), Run::Going { synced, .. }) = (batch.synced, &mut self.run) {
             *synced = now;
             self.claim();
         }
-        self.leave_memory_if_journal();
-        self.sweep();
-    }
-
-    fn leave_memory_if_journal(&mut self) {
         if self.is_journal() {
             self.leave_memory();
         }
-    }
-
-    /// Ends the run and leaves the disk alone for a while. What was claimed stays true: it is synced.
-    fn fail(&mut self, why: &str, error: Option<SpoolError>) {
-        match &error {
-            Some(error) => self.say_failure(error),
-            None => self.say(why.to_string(), None),
-        }
-        self.run = Run::Waiting;
-        self.retry_at = Some(Instant::now() + RETRY_AFTER);
-        for entry in std::mem::take(&mut self.journal) {
-            if let Entry::Frame(frame) = entry {
-                self.unspooled.push_back(Arc::downgrade(&frame));
-            }
-        }
-        self.journal_bytes = 0;
-        if let Some(writer) = &mut self.writer {
-            writer.give_up();
-        }
+        self.sweep();
     }
 
     // --- Claims and files ---
@@ -449,6 +490,11 @@ impl Spooling {
 
     // --- What is said ---
 
+    fn say_full(&self) {
+        let usage = self.spool.usage();
+        self.say_failure(&SpoolError::Full { used_bytes: usage.used_bytes(), limit_bytes: usage.limit_bytes() });
+    }
+
     fn say_failure(&self, error: &SpoolError) {
         self.say(error.to_string(), error.hint());
     }
@@ -484,57 +530,26 @@ impl Spooling {
 }
 
 /// Writes a batch; for the journal (`synced` is its run so far) makes it durable. On a thread of its own.
-fn write(writer: RunWriter, entries: Vec<Entry>, synced: Option<(Lsn, Stored)>, encoder: &mut Encoder) -> Batch {
-    let (written, files, ended_tails, unwritten) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut batch = Batch { writer, written, files, ended_tails, synced: None, unwritten, failure: None };
-    let mut reached = synced.map(|(_, reached)| reached);
-    let mut entries = entries.into_iter();
-    let mut appended = Ok(());
-    for entry in entries.by_ref() {
-        appended = append(&mut batch, &entry, &mut reached, encoder);
-        if appended.is_err() {
-            batch.unwritten.extend(frame_of(&entry));
-            break;
-        }
-    }
-    batch.unwritten.extend(entries.filter_map(|entry| frame_of(&entry)));
+fn write(mut writer: RunWriter, entries: Vec<Entry>, synced: Option<Stored>, encoder: &mut Encoder) -> Batch {
+    writer.begin_batch();
+    let (written, files, ended_tails) = (Vec::new(), Vec::new(), Vec::new());
+    let mut batch = Batch { writer, written, files, ended_tails, synced, failure: None };
+    let mut appended = entries.iter().try_for_each(|entry| append(&mut batch, entry, encoder));
     if appended.is_ok() && synced.is_some() {
         appended = batch.writer.sync();
     }
-    match appended {
-        Ok(()) => batch.synced = synced.zip(reached).map(|((start, _), reached)| (start, reached)),
-        Err(error) => {
-            batch.failure = Some(error);
-            batch.writer.give_up();
-            // Nothing says that their frames are on the disk: they stay until their segment is stored.
-            batch.ended_tails.clear();
-        }
+    if let Err(error) = appended {
+        batch.writer.give_up();
+        batch.failure = Some((error, entries));
     }
     batch
 }
 
-fn frame_of(entry: &Entry) -> Option<Weak<HeldFrame>> {
-    match entry {
-        Entry::Frame(frame) => Some(Arc::downgrade(frame)),
-        _ => None,
-    }
-}
-
-/// Appends one entry and moves `reached`, which counts once it is synced.
-fn append(
-    batch: &mut Batch,
-    entry: &Entry,
-    reached: &mut Option<Stored>,
-    encoder: &mut Encoder,
-) -> Result<(), SpoolError> {
-    let mut reach = |bytes_end: Lsn, record_end: Lsn| {
-        if let Some(reached) = reached {
-            reached.bytes_end = reached.bytes_end.max(bytes_end);
-            reached.record_end = reached.record_end.max(record_end.min(reached.bytes_end));
-        }
-    };
-    match entry {
-        Entry::Frame(frame) => {
+/// Appends one entry and says how far that reaches, which counts once it is synced.
+fn append(batch: &mut Batch, entry: &Entry, encoder: &mut Encoder) -> Result<(), SpoolError> {
+    let (bytes_end, record_end) = match entry {
+        Entry::Frame(_, frame) => {
+            let frame = frame.as_ref().expect("what is being written is kept");
             let bytes = frame.in_memory().expect("a frame leaves memory only once it was written here");
             let written = batch.writer.append_frame(frame.start, frame.end(), &bytes)?;
             if written.offset == 0 {
@@ -542,7 +557,7 @@ fn append(
             }
             batch.written.push((Arc::downgrade(frame), written));
             batch.ended_tails.extend(batch.writer.end_tail());
-            reach(frame.end(), Lsn::ZERO);
+            (frame.end(), Lsn::ZERO)
         }
         Entry::Cut(cut) => {
             if let Some(partial) = &cut.partial {
@@ -550,15 +565,24 @@ fn append(
                 if from < cut.to {
                     let piece = (from - partial.start) as usize..(cut.to - partial.start) as usize;
                     let piece = encoder.encode(&partial.bytes()[piece]);
-                    let file = batch.writer.append_tail(partial.start, cut.to, &piece.bytes)?;
-                    if from == partial.start {
-                        batch.files.push(file);
+                    match batch.writer.append_tail(partial.start, cut.to, &piece.bytes) {
+                        Ok(file) if from == partial.start => batch.files.push(file),
+                        Ok(_) => {}
+                        // Pieces from before a failure: they stay as they are until the frame is whole.
+                        Err(SpoolError::Io { source, .. }) if source.kind() == ErrorKind::AlreadyExists => return Ok(()),
+                        Err(error) => return Err(error),
                     }
                 }
             }
-            reach(cut.to, cut.to);
+            (cut.to, cut.to)
         }
-        Entry::Seal { record_end } => reach(Lsn::ZERO, *record_end),
+        Entry::RecordEnd(record_end) => (Lsn::ZERO, *record_end),
+    };
+    if let Some(reached) = &mut batch.synced {
+        reached.bytes_end = reached.bytes_end.max(bytes_end);
+        if record_end <= reached.bytes_end {
+            reached.record_end = reached.record_end.max(record_end);
+        }
     }
     Ok(())
 }

@@ -148,25 +148,33 @@ impl Writer {
         &self,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, ArchiveError> {
-        let called = tokio::select! {
-            biased;
-            () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
-            called = tokio::time::timeout(Self::CALL_DEADLINE, call) => called,
-        };
-        let result = match called {
-            Ok(answered) => answered.map_err(Into::into),
-            Err(_) => {
-                let cause = format!("no answer within {:?}", Self::CALL_DEADLINE);
-                let location = self.archive.backend.describe();
-                Err(ArchiveError::Store(StoreError::new(StoreErrorKind::Unavailable, "use", location, cause)))
-            }
-        };
+        let result = self.load(call).await;
         match &result {
             Ok(_) => self.health.handle_success(),
             Err(ArchiveError::Store(error)) if !is_answer(error) => self.health.handle_failure(error),
             Err(_) => {}
         }
         result
+    }
+
+    /// As [`Writer::call_once`], for bytes that are here: it says nothing about the store.
+    pub async fn load<T, E: Into<ArchiveError>>(
+        &self,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, ArchiveError> {
+        let called = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(ArchiveError::Stopped),
+            called = tokio::time::timeout(Self::CALL_DEADLINE, call) => called,
+        };
+        match called {
+            Ok(answered) => answered.map_err(Into::into),
+            Err(_) => {
+                let cause = format!("no answer within {:?}", Self::CALL_DEADLINE);
+                let location = self.archive.backend.describe();
+                Err(ArchiveError::Store(StoreError::new(StoreErrorKind::Unavailable, "use", location, cause)))
+            }
+        }
     }
 
     /// Repeats `call` until it succeeds, fails for good, or the writer is stopped.

@@ -27,7 +27,7 @@ pub struct RunWriter {
     size: SegmentSize,
     frames: Option<Open>,
     tail: Option<Open>,
-    /// Closed since the last sync, with bytes that were not synced.
+    /// Closed in this batch.
     unsynced: Vec<Open>,
     has_new_names: bool,
 }
@@ -37,6 +37,8 @@ struct Open {
     run: Arc<RunFile>,
     file: File,
     bytes: u64,
+    /// Its length when the batch began.
+    kept_bytes: u64,
     /// The raw byte that comes next.
     end: Lsn,
     is_dirty: bool,
@@ -55,9 +57,9 @@ impl RunWriter {
         let frames = self.frames.take();
         let mut open = self.continued(frames, continues, name)?;
         let written = Written { file: open.run.clone(), offset: open.bytes };
-        self.append(&mut open, end, stored)?;
+        let appended = self.append(&mut open, end, stored);
         self.frames = Some(open);
-        Ok(written)
+        appended.map(|()| written)
     }
 
     /// Appends a piece of the frame that begins at `frame_start`: its bytes `[from, to)`. Without a file that ends at
@@ -68,9 +70,9 @@ impl RunWriter {
         let tail = self.tail.take();
         let mut open = self.continued(tail, |open| open.run.name == name, name)?;
         let file = open.run.clone();
-        self.append(&mut open, to, stored)?;
+        let appended = self.append(&mut open, to, stored);
         self.tail = Some(open);
-        Ok(file)
+        appended.map(|()| file)
     }
 
     /// How far the pieces of the frame at `frame_start` reach.
@@ -78,16 +80,19 @@ impl RunWriter {
         self.tail.as_ref().filter(|open| open.run.name.from == frame_start).map_or(frame_start, |open| open.end)
     }
 
-    /// Makes everything appended since the last call durable. After an error nothing of it is, and none of these files
-    /// is continued: what the kernel makes of a second sync says nothing.
-    pub fn sync(&mut self) -> Result<(), SpoolError> {
-        let synced = self.sync_all();
-        match synced {
-            Ok(()) => self.has_new_names = false,
-            Err(_) => self.give_up(),
-        }
+    /// What is appended from here on is kept or lost together.
+    pub fn begin_batch(&mut self) {
         self.unsynced.clear();
-        synced
+        for open in self.frames.iter_mut().chain(&mut self.tail) {
+            open.kept_bytes = open.bytes;
+        }
+    }
+
+    /// Makes everything appended in this batch durable. After an error nothing of it is.
+    pub fn sync(&mut self) -> Result<(), SpoolError> {
+        self.sync_all()?;
+        self.has_new_names = false;
+        Ok(())
     }
 
     fn sync_all(&mut self) -> Result<(), SpoolError> {
@@ -104,15 +109,26 @@ impl RunWriter {
         Ok(())
     }
 
-    /// Whatever comes next begins new files.
+    /// Takes the batch back, as well as that can be done: its files are removed or cut to what they were before, so that
+    /// names and space are free. None of them is continued: what a disk that has failed makes of a second write or sync
+    /// says nothing.
     pub fn give_up(&mut self) {
-        (self.frames, self.tail) = (None, None);
-        self.unsynced.clear();
+        let open = self.unsynced.drain(..).chain(self.frames.take()).chain(self.tail.take());
+        for open in open {
+            let _ = match open.kept_bytes {
+                0 => self.spool.directory.unlink(open.run.name.to_string()),
+                kept => open.file.set_len(kept),
+            };
+            self.spool.usage.release(open.bytes - open.kept_bytes);
+        }
     }
 
     /// Ends the file of pieces, whose frame is whole now; the caller removes it once that is durable.
     pub fn end_tail(&mut self) -> Option<Arc<RunFile>> {
-        self.tail.take().map(|open| open.run)
+        let open = self.tail.take()?;
+        let run = open.run.clone();
+        self.unsynced.push(open);
+        Some(run)
     }
 
     fn continued(
@@ -123,40 +139,26 @@ impl RunWriter {
     ) -> Result<Open, SpoolError> {
         match open {
             Some(open) if continues(&open) => return Ok(open),
-            // Synced with the next batch, if anybody asks for it.
-            Some(open) if open.is_dirty => self.unsynced.push(open),
-            _ => {}
+            // Part of this batch, if only to be cut back with it.
+            Some(open) => self.unsynced.push(open),
+            None => {}
         }
         let path = self.spool.path.join(name.to_string());
         let file = self.spool.directory.create_file(name.to_string()).map_err(SpoolError::io("create", &path))?;
         self.has_new_names = true;
         let run = Arc::new(RunFile { spool: self.spool.clone(), name });
-        Ok(Open { run, file, bytes: 0, end: name.from, is_dirty: false })
+        Ok(Open { run, file, bytes: 0, kept_bytes: 0, end: name.from, is_dirty: false })
     }
 
     fn append(&self, open: &mut Open, end: Lsn, stored: &[u8]) -> Result<(), SpoolError> {
         let bytes = stored.len() as u64;
-        let appended = self.spool.usage.reserve(bytes).and_then(|()| {
-            open.file.write_all(stored).map_err(|error| {
-                self.spool.usage.release(bytes);
-                SpoolError::io("write", &self.spool.path.join(open.run.name.to_string()))(error)
-            })
-        });
-        match appended {
-            Ok(()) => {
-                (open.bytes, open.end, open.is_dirty) = (open.bytes + bytes, end, true);
-                Ok(())
-            }
-            Err(error) => {
-                // A piece of a frame is of no use to anybody, and takes space where there is none. An empty file would
-                // stand in the way of its own name.
-                let _ = match open.bytes {
-                    0 => self.spool.directory.unlink(open.run.name.to_string()),
-                    whole => open.file.set_len(whole),
-                };
-                Err(error)
-            }
-        }
+        self.spool.usage.reserve(bytes)?;
+        // Counted before it is written: a failed write may have taken the space.
+        open.bytes += bytes;
+        open.end = end;
+        open.is_dirty = true;
+        let path = || self.spool.path.join(open.run.name.to_string());
+        open.file.write_all(stored).map_err(|error| SpoolError::io("write", &path())(error))
     }
 }
 

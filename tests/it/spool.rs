@@ -122,8 +122,9 @@ fn write_wal(server: &Server, mib: u32) {
     ));
 }
 
+/// Who serves the slot.
 fn walsender(server: &Server) -> String {
-    server.value("select coalesce(string_agg(pid::text, ','), 'none') from pg_stat_replication")
+    server.value("select coalesce(active_pid, 0) from pg_replication_slots where slot_name = 'seawall'")
 }
 
 #[test]
@@ -195,13 +196,13 @@ fn overflow_is_brought_into_the_repository_after_a_crash() {
 fn a_full_spool_stops_reading_and_nothing_else() {
     let Some(major) = postgres::newest_major() else { return };
     let server = Server::builder(major).wal_segment_mib(1).setting("wal_sender_timeout", "3s").start();
-    let spooled = Spooled::of(&server, "20MiB", "memory = \"8MiB\"\n");
+    let spooled = Spooled::of(&server, "64MiB", "memory = \"8MiB\"\n");
     let mut agent = spooled.archive.streaming_agent();
     create_journal(&server);
     spooled.archive.wait_acknowledged(&server);
     let connection = walsender(&server);
     spooled.close();
-    write_wal(&server, 128);
+    write_wal(&server, 256);
     agent.wait_for_log("the spool is full", DEADLINE);
     agent.wait_for_log("reading pauses", DEADLINE);
     thread::sleep(Duration::from_secs(4));
