@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::archiver::Workers;
 use crate::error::Failure;
 use crate::postgres::{Purpose, TargetSessionAttrs};
-use crate::receiver::Clock;
+use crate::receiver::{Acknowledge, Clock};
 use crate::replication::{Dial, Login, SlotName};
 use crate::repository::Backend;
 
@@ -18,12 +18,20 @@ pub trait LoginSource: Send + Sync + fmt::Debug {
     fn wanted(&self) -> TargetSessionAttrs;
 }
 
+/// A place the cluster is archived to, under the name the configuration gives it.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    pub name: String,
+    pub backend: Arc<dyn Backend>,
+}
+
 /// Everything outside: network, store, time, chance, threads.
 #[derive(Clone, Debug)]
 pub struct World {
     pub dialer: Arc<dyn Dial>,
     pub logins: Arc<dyn LoginSource>,
-    pub backend: Arc<dyn Backend>,
+    /// In the order of the configuration; at least one.
+    pub repositories: Vec<Repository>,
     pub clock: Clock,
     pub random: Arc<Mutex<fastrand::Rng>>,
     pub workers: Workers,
@@ -43,6 +51,9 @@ pub struct ClusterOptions {
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
+    /// How many repositories must hold a byte before it is acknowledged.
+    pub required: usize,
+    pub acknowledge: Acknowledge,
     /// Whether commits on the server wait for this archive; `None`: as the server says.
     pub synchronous: Option<bool>,
     /// Recorded in `writers/<epoch>.json`.

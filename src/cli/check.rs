@@ -359,7 +359,7 @@ fn clock(facts: &ServerFacts, now: Timestamp) -> Option<Check> {
 
 async fn repository_checks(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Vec<Check> {
     let mut checks = vec![contents(cluster, world, system_id).await];
-    checks.push(match probe(&world.backend, world.random_u32()).await {
+    checks.push(match probe(&world.repositories[0].backend, world.random_u32()).await {
         Ok(()) => {
             Check::ok("repository writable", format!("{} stores, reads and deletes", cluster.repositories[0].url))
         }
@@ -371,7 +371,7 @@ async fn repository_checks(cluster: &ClusterConfig, world: &World, system_id: Op
 
 async fn contents(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Check {
     const WHAT: &str = "repository";
-    let backend = world.backend.as_ref();
+    let backend = world.repositories[0].backend.as_ref();
     let look = async {
         let repository = store::read_repository(backend).await?;
         let lineages = match repository {

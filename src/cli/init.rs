@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::args::{Global, InitArgs};
 use super::{Verdict, output, setup};
+use crate::agent::opening;
 use crate::agent::slot::{self, Found};
 use crate::agent::startup::{self, Server};
 use crate::agent::world::{ClusterOptions, World};
@@ -253,7 +254,7 @@ async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failur
     let (archive, file) = match (args.new_lineage, args.create) {
         (true, _) => new_lineage(&world, &options, &backend, &met.server, &had_lineages).await?,
         (false, true) => adopt(&world, &options, &backend, &mut met, &had_lineages).await?,
-        (false, false) => startup::open_lineage(&world, &options, &met.server, met.found.presence()).await?,
+        (false, false) => opening::open_lineage(&world, &options, &met.server, met.found.presence()).await?,
     };
     startup::archive_histories(&archive, &met.server).await?;
     let slot_created = ensure_slot(&mut met, &options).await?;
@@ -297,7 +298,7 @@ async fn adopt(
 ) -> Result<(Archive, LineageFile), Failure> {
     if !had.is_empty() {
         // Nothing to adopt: the same refusals as without --create.
-        return startup::open_lineage(world, options, &met.server, met.found.presence()).await;
+        return opening::open_lineage(world, options, &met.server, met.found.presence()).await;
     }
     let server = &met.server;
     let held_from = match met.found {
@@ -311,7 +312,7 @@ async fn adopt(
     let server = Server { identity: SystemIdentity { flush_lsn: start, ..server.identity }, ..server.clone() };
     let repository_exists = store::read_repository(backend.as_ref()).await?.is_some();
     let lineage = Lineage::new(&options.name, server.identity.system_id, 1);
-    startup::create_lineage(world, options, &server, lineage, repository_exists).await
+    opening::create_lineage(world, backend, options, &server, lineage, repository_exists).await
 }
 
 /// `--new-lineage`: apart from everything there is. One that is still empty is taken, so that this can be repeated.
@@ -323,13 +324,13 @@ async fn new_lineage(
     had: &[(Lineage, LineageFile)],
 ) -> Result<(Archive, LineageFile), Failure> {
     if had.is_empty() {
-        let message = format!("{} holds no lineage of cluster {} yet", world.backend.describe(), options.name);
+        let message = format!("{} holds no lineage of cluster {} yet", backend.describe(), options.name);
         return Err(Failure::new(ExitCode::Config, message).hint("begin the first one with `seawall init --apply`"));
     }
     let ordinal = match newest_of(server.identity.system_id, had) {
         None => 1,
         Some((lineage, file)) => {
-            let archive = Archive::new(world.backend.clone(), lineage.clone());
+            let archive = Archive::new(backend.clone(), lineage.clone());
             let (_, directories) = archive.wal_listing().await?;
             if directories.is_empty() && archive.epochs().await?.is_empty() {
                 return Ok((archive, file.clone()));
@@ -339,7 +340,7 @@ async fn new_lineage(
     };
     let repository_exists = store::read_repository(backend.as_ref()).await?.is_some();
     let lineage = Lineage::new(&options.name, server.identity.system_id, ordinal);
-    startup::create_lineage(world, options, server, lineage, repository_exists).await
+    opening::create_lineage(world, backend, options, server, lineage, repository_exists).await
 }
 
 fn newest_of(system_id: SystemId, had: &[(Lineage, LineageFile)]) -> Option<&(Lineage, LineageFile)> {

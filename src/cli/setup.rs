@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::runtime;
 
 use super::args::Global;
-use crate::agent::world::{ClusterOptions, LoginSource, World};
+use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
 use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{ExitCode, Failure};
@@ -66,6 +66,10 @@ pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     }
 }
 
+fn repository(config: &RepositoryConfig) -> Repository {
+    Repository { name: config.name.clone(), backend: backend(config) }
+}
+
 pub fn slot_name(cluster: &ClusterConfig) -> Result<SlotName, Failure> {
     SlotName::new(&cluster.slot).map_err(|error| Failure::new(ExitCode::Config, error.to_string()))
 }
@@ -75,7 +79,7 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
     World {
         dialer: Arc::new(NetDialer),
         logins: Arc::new(ConfiguredLogins::new(cluster.postgres.clone())),
-        backend: backend(&cluster.repositories[0]),
+        repositories: cluster.repositories.iter().map(repository).collect(),
         clock: Clock::system(),
         random: Arc::new(Mutex::new(fastrand::Rng::new())),
         workers,
@@ -89,6 +93,8 @@ pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
         tail_interval: cluster.tail_interval,
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
+        required: cluster.required,
+        acknowledge: cluster.acknowledge,
         synchronous: cluster.synchronous,
         host: host_name(),
     })
@@ -161,11 +167,15 @@ fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Re
 pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
     /// No upload takes longer; a younger file may be another agent's.
     const AGE: Duration = Duration::from_secs(24 * 3600);
-    for cluster in clusters {
-        let Location::Local(root) = cluster.repositories[0].location.clone() else { continue };
+    let mut cleaned = BTreeSet::new();
+    for repository in clusters.iter().flat_map(|cluster| &cluster.repositories) {
+        let Location::Local(root) = repository.location.clone() else { continue };
+        if !cleaned.insert(root.clone()) {
+            continue;
+        }
         match LocalBackend::open(root).clean_debris(AGE).await {
             Ok(0) => {}
-            Ok(files) => tracing::info!(files, repository = cluster.repositories[0].url, "removed unfinished files"),
+            Ok(files) => tracing::info!(files, repository = repository.url, "removed unfinished files"),
             Err(error) => tracing::debug!(%error, "unfinished files stay"),
         }
     }

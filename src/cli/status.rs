@@ -129,7 +129,7 @@ async fn status(cluster: &ClusterConfig) -> Result<ClusterStatus, Failure> {
         Err(failure) => status.finding(Health::Degraded, format!("the server does not answer: {failure}")),
     }
     let system_id = server.as_ref().ok().and_then(|facts| facts.system_id);
-    let stored = look(&world.backend, &cluster.name, system_id).await;
+    let stored = look(&world.repositories[0].backend, &cluster.name, system_id).await;
     add_repository(&mut status, &cluster.repositories[0].name, stored);
     add_loss(&mut status, world.clock.now());
     Ok(status)
