@@ -7,6 +7,7 @@ mod end_to_end;
 mod hostile;
 mod readme;
 mod servers_start;
+mod several;
 mod simulation;
 mod slots;
 mod store_faults;
