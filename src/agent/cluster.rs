@@ -3,17 +3,20 @@
 //! Owns: what follows from each way a session can begin and end; every attempt's reason is said.
 //! Does not own: the steps themselves (`startup.rs`, `slot.rs`, `session.rs`, `standby.rs`).
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::absence::Absences;
 use super::drain;
-use super::session::{self, Assignment, Watched};
+use super::opening::{self, Opened, Opening};
+use super::session::{self, Assignment, Member, Watched};
 use super::slot::{self, Found};
 use super::standby;
-use super::startup::{self, Server};
+use super::startup::{self, Resumption, Server};
 use super::world::{ClusterOptions, World};
 use crate::archiver::ArchiveError;
 use crate::catalog::contents::segment_span;
@@ -22,7 +25,7 @@ use crate::catalog::store::Archive;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::postgres::{Purpose, connect};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Acknowledge, ReceiveError, StreamEnd};
+use crate::receiver::{Acknowledge, ReceiveError, Stored, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
 use crate::spool::Spool;
@@ -60,6 +63,10 @@ pub struct ClusterAgent {
     status: watch::Sender<Status>,
     /// The epoch taken last, and where: a connection that comes and goes must not cost an object each time.
     epoch: Option<(Lineage, Epoch)>,
+    /// Repositories that are out, over all streams.
+    absences: Absences,
+    /// What each repository was found to hold without a hole, by its place in the configuration.
+    contiguous: BTreeMap<usize, Stored>,
     /// Consecutive attempts without a stream.
     failures: u32,
     /// The fault the last stream ended with: the same one again is damage at the source.
@@ -84,8 +91,8 @@ struct Removed {
 
 /// What one round of connecting and streaming came to.
 enum Round {
-    /// The timeline ended: go on with the next at once.
-    NextTimeline,
+    /// Go on at once: the timeline ended, or a repository is back.
+    Again,
     /// Connect anew; the stream had worked.
     Reconnect,
     Stopped,
@@ -107,6 +114,8 @@ impl ClusterAgent {
             stop,
             status,
             epoch: None,
+            absences: Absences::default(),
+            contiguous: BTreeMap::new(),
             failures: 0,
             fault: None,
             last_said: None,
@@ -140,7 +149,7 @@ impl ClusterAgent {
             };
             match round {
                 Ok(Round::Stopped) => return Ok(()),
-                Ok(Round::NextTimeline) => {
+                Ok(Round::Again) => {
                     self.failures = 0;
                     continue;
                 }
@@ -169,7 +178,7 @@ impl ClusterAgent {
         if let Some(spool) = &self.spool {
             self.epoch = drain::drain(&self.world, &self.options, spool, self.epoch.clone()).await?;
         }
-        prepare(&self.world, &self.options, self.removed.take()).await
+        prepare(&self.world, &self.options, &self.absences, self.removed.take()).await
     }
 
     fn is_final(&self, failure: &Failure) -> bool {
@@ -211,23 +220,35 @@ impl ClusterAgent {
 
     /// Streams, timeline after timeline, as long as the connection lasts.
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
-        let Prepared { connection, archive, server, frontier, slot_restart, slot_cause, login } = prepared;
-        let (timeline, segment_start) = (frontier.timeline, frontier.segment_start);
-        let durable_before = frontier.stored().record_end;
-        let turn = standby::take_or_wait(&self.world, &self.options, &archive, self.held_epoch(&archive)).await?;
+        let Prepared { connection, mut opening, server, start, slot_restart, slot_cause, login } = prepared;
+        let (timeline, segment_start) = (start.frontier.timeline, start.frontier.segment_start);
+        let durable_before = start.frontier.stored().record_end;
+        let lineage = opening.present[0].archive.lineage.clone();
+        let planned: Vec<usize> = opening.present.iter().map(|opened| opened.index).collect();
+        let held = self.held_epoch(&lineage);
+        let turn = standby::take_or_wait(&self.world, &self.options, &mut opening, held).await?;
         self.ends_when_refused = false;
         let epoch = match turn {
-            standby::Turn::Ours(epoch) => {
-                self.epoch = Some((archive.lineage.clone(), epoch));
+            standby::Turn::Ours { epoch, newcomers } => {
+                if self.epoch.as_ref().is_none_or(|(before, _)| *before != lineage) {
+                    self.contiguous.clear();
+                }
+                // One that has lost our epoch may have lost anything.
+                self.contiguous.retain(|index, _| !newcomers.contains(index));
+                self.epoch = Some((lineage.clone(), epoch));
                 epoch
             }
-            standby::Turn::Theirs(writer) => {
+            standby::Turn::Theirs { writer, archive } => {
                 self.status.send_modify(|status| status.state = State::Waiting);
-                return standby::wait(&self.world, &self.options, &archive, connection, &server, writer, &self.stop)
+                let (world, options, stop) = (&self.world, &self.options, &self.stop);
+                return standby::wait(world, options, &mut opening, &archive, connection, &server, writer, stop)
                     .await
                     .map(|()| if self.stop.is_cancelled() { Round::Stopped } else { Round::Reconnect });
             }
         };
+        let archives: Vec<Archive> = opening.present.iter().map(|opened| opened.archive.clone()).collect();
+        let members = self.members(&opening, &start, &planned);
+        let frontier = start.frontier;
         tracing::info!(
             cluster = self.options.name, server = %login.address, version = server.version, %timeline,
             from = %frontier.segment_start, durable = %frontier.stored().record_end, %epoch, "streaming"
@@ -238,12 +259,24 @@ impl ClusterAgent {
         let address = login.address.clone();
         let server_major = server.major;
         let spool = match &self.spool {
-            Some(spool) => drain::begin(spool, &self.options, &archive, epoch, &scan, server_major).await?,
+            Some(spool) => drain::begin(spool, &self.options, &members, epoch, &scan, server_major).await,
             None => None,
         };
         self.say_what_the_spool_lost(&frontier, slot_restart);
-        let assignment =
-            Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, server_major, address, spool };
+        let assignment = Assignment {
+            frontier,
+            members,
+            absent: opening.absent,
+            absences: self.absences.clone(),
+            scan,
+            path: server.history.clone(),
+            slot_restart,
+            epoch,
+            wal_sender_timeout,
+            server_major,
+            address,
+            spool,
+        };
         let status = &self.status;
         let watching = |watched: Watched| {
             status.send_modify(|status| {
@@ -254,10 +287,9 @@ impl ClusterAgent {
             });
         };
         let began = tokio::time::Instant::now();
-        let ended =
-            session::run(&self.world, &self.options, &archive, connection, assignment, self.stop.clone(), watching)
-                .await;
+        let ended = session::run(&self.world, &self.options, connection, assignment, self.stop.clone(), watching).await;
         self.remember_acknowledged();
+        self.contiguous.extend(ended.contiguous.into_iter().filter(|(_, stored)| *stored != Stored::default()));
         // One that ends as soon as it begins is a failure like others: with growing pauses, said once.
         if began.elapsed() >= Self::DELAY_MAX || self.status.borrow().acknowledged > durable_before {
             self.failures = 0;
@@ -266,13 +298,15 @@ impl ClusterAgent {
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
-            Err(error) => return Err(self.stop_for_conflict(&archive, timeline, server.segment_size, error).await),
+            Err(error) => return Err(self.stop_for_conflict(&archives, timeline, server.segment_size, error).await),
         }
         match ended.received {
             Ok(StreamEnd::Timeline(end)) => {
                 tracing::info!(ended = %timeline, next = %end.next_timeline, at = %end.next_start, "the timeline ended");
-                Ok(Round::NextTimeline)
+                Ok(Round::Again)
             }
+            // A repository is back: the next stream takes it in.
+            Ok(StreamEnd::Stopped { .. }) if !self.stop.is_cancelled() => Ok(Round::Again),
             Ok(StreamEnd::Stopped { settled }) => {
                 if !settled {
                     tracing::warn!("stopped before everything received was durable: the slot holds the rest");
@@ -283,7 +317,7 @@ impl ClusterAgent {
                 tracing::info!("the server is stopping");
                 Ok(Round::Reconnect)
             }
-            Err(ReceiveError::Scan(error)) => self.handle_fault(&archive, timeline, error).await,
+            Err(ReceiveError::Scan(error)) => self.handle_fault(&archives, timeline, error).await,
             Err(ReceiveError::Replication(error)) if StartFault::of(&error) == Some(StartFault::SegmentRemoved) => {
                 let is_here = |gone: &Removed| (gone.timeline, gone.segment_start) == (timeline, segment_start);
                 match doubted.filter(is_here) {
@@ -311,8 +345,28 @@ impl ClusterAgent {
     }
 
     /// The epoch this process holds in this archive.
-    fn held_epoch(&self, archive: &Archive) -> Option<Epoch> {
-        self.epoch.as_ref().filter(|(lineage, _)| *lineage == archive.lineage).map(|(_, epoch)| *epoch)
+    fn held_epoch(&self, lineage: &Lineage) -> Option<Epoch> {
+        self.epoch.as_ref().filter(|(held, _)| held == lineage).map(|(_, epoch)| *epoch)
+    }
+
+    /// The repositories of a stream. `planned` are those the start was planned with: one more may have failed since.
+    fn members(&self, opening: &Opening, start: &Resumption, planned: &[usize]) -> Vec<Member> {
+        for absent in &opening.absent {
+            self.absences.handle_out(absent.index, &self.world.repositories[absent.index].name, &absent.why);
+        }
+        let is_lone = self.world.repositories.len() == 1;
+        let member = |opened: &Opened| {
+            self.absences.handle_back(opened.index, &opened.name);
+            let at = planned.iter().position(|index| *index == opened.index).expect("nobody joins after the plan");
+            let frontier = start.own[at].clone();
+            let known = self.contiguous.get(&opened.index).copied().unwrap_or_default();
+            // Whole up to there before, and from before there up to here now.
+            let reaches =
+                start.contiguous_from[at].is_some_and(|from| known != Stored::default() && from <= known.bytes_end);
+            let contiguous = if is_lone || reaches { frontier.stored() } else { known };
+            Member { opened: opened.clone(), frontier, contiguous }
+        };
+        opening.present.iter().map(member).collect()
     }
 
     fn remember_acknowledged(&self) {
@@ -326,7 +380,7 @@ impl ClusterAgent {
 
     async fn stop_for_conflict(
         &self,
-        archive: &Archive,
+        archives: &[Archive],
         timeline: TimelineId,
         size: SegmentSize,
         error: ArchiveError,
@@ -335,7 +389,7 @@ impl ClusterAgent {
             let span = segment_span(*name, size).expect("named from a number");
             let fact = LedgerFact::new(FactKind::Conflict, self.world.clock.now(), error.to_string());
             let fact = fact.about(timeline, span.start, span.end);
-            if let Err(failure) = startup::record_once(&self.world, archive, fact).await {
+            if let Err(failure) = startup::record_everywhere(&self.world, archives, fact).await {
                 tracing::error!(%failure, "the conflict could not be written to the ledger");
             }
         }
@@ -346,7 +400,7 @@ impl ClusterAgent {
     /// at the source: kept as evidence, and the cluster stops.
     async fn handle_fault(
         &mut self,
-        archive: &Archive,
+        archives: &[Archive],
         timeline: TimelineId,
         error: ScanError,
     ) -> Result<Round, Failure> {
@@ -366,7 +420,7 @@ impl ClusterAgent {
             error.lsn,
         );
         fact.details.insert("header".into(), error.detail.clone().into());
-        startup::record_once(&self.world, archive, fact).await?;
+        startup::record_everywhere(&self.world, archives, fact).await?;
         Err(failure.hint(format!(
             "everything before {} is archived; check the server's disk and memory, take a base backup, then start \
              a new lineage: `seawall init --new-lineage`",
@@ -379,39 +433,61 @@ impl ClusterAgent {
 struct Prepared {
     connection: Connection,
     login: crate::replication::Login,
-    archive: Archive,
+    opening: Opening,
     server: Server,
-    frontier: Frontier,
+    start: Resumption,
     slot_restart: Lsn,
     /// Why the slot might not hold what is asked for.
     slot_cause: String,
 }
 
 /// From nothing to a granted stream.
-async fn prepare(world: &World, options: &ClusterOptions, removed: Option<Removed>) -> Result<Prepared, Failure> {
+async fn prepare(
+    world: &World,
+    options: &ClusterOptions,
+    absences: &Absences,
+    removed: Option<Removed>,
+) -> Result<Prepared, Failure> {
     let logins = world.logins.logins(Purpose::Physical)?;
     let connected = connect::connect_or_explain(world.dialer.as_ref(), &logins, world.logins.wanted()).await?;
     let connect::Connected { mut connection, login, in_recovery } = connected;
     let server = startup::introduce(&mut connection, in_recovery).await?;
     let found = slot::find(world, &mut connection, &login, &options.slot, &server).await?;
-    let (archive, file) = startup::open_lineage(world, options, &server, found.presence()).await?;
-    startup::archive_histories(&archive, &server).await?;
-    let frontier = startup::plan_start(world, &archive, &file, &server).await?;
+    let count = world.repositories.len();
+    let skipped = |index| absences.skipped(index, count);
+    let mut opening = opening::open(world, options, &server, found.presence(), skipped).await?;
+    let asked = &server;
+    opening.in_each(|opened| async move { startup::archive_histories(&opened.archive, asked).await }).await?;
+    let held_from = match &found {
+        Found::Usable { restart_lsn } => *restart_lsn,
+        // Nothing is gone back for.
+        Found::Absent | Found::Lost { .. } | Found::Unknown => Lsn::MAX,
+    };
+    let recent =
+        opening.in_each(|opened| async move { startup::read_recent(&opened.archive, asked, held_from).await }).await?;
+    let start = startup::plan_start(&opening.file, &server, held_from, &recent)?;
+    let archives: Vec<Archive> = opening.present.iter().map(|opened| opened.archive.clone()).collect();
+    if let Some(lost) = start.lost {
+        startup::record_fork(world, &archives, lost).await?;
+    }
     let slot_cause = ensure_slot(&mut connection, options, &found).await?;
     let slot_restart = match &found {
         Found::Usable { restart_lsn } => Some(*restart_lsn),
         _ => slot::restart_lsn(world, &mut connection, &login, &options.slot, &server).await?,
     };
-    let frontier = match removed {
-        Some(gone) if (gone.timeline, gone.segment_start) == (frontier.timeline, frontier.segment_start) => {
+    let start = match removed {
+        Some(gone)
+            if (gone.timeline, gone.segment_start) == (start.frontier.timeline, start.frontier.segment_start) =>
+        {
             let begin = slot_restart.unwrap_or(server.identity.flush_lsn);
-            skip_gap(world, &archive, &server, &frontier, begin, &gone.cause).await?
+            let frontier = skip_gap(world, &archives, &server, &start.frontier, begin, &gone.cause).await?;
+            Resumption::anew(frontier, archives.len())
         }
-        _ => frontier,
+        _ => start,
     };
-    start(&mut connection, options, &frontier).await?;
+    start_replication(&mut connection, options, &start.frontier).await?;
     let slot_restart = slot_restart.unwrap_or(Lsn::ZERO);
-    Ok(Prepared { connection, login, archive, server, frontier, slot_restart, slot_cause })
+    Ok(Prepared { connection, login, opening, server, start, slot_restart, slot_cause })
 }
 
 /// Creates the slot where it is missing or lost; says why the archive may have a gap.
@@ -429,7 +505,11 @@ async fn ensure_slot(connection: &mut Connection, options: &ClusterOptions, foun
     }
 }
 
-async fn start(connection: &mut Connection, options: &ClusterOptions, frontier: &Frontier) -> Result<(), Failure> {
+async fn start_replication(
+    connection: &mut Connection,
+    options: &ClusterOptions,
+    frontier: &Frontier,
+) -> Result<(), Failure> {
     match connection.start_replication(&options.slot, frontier.segment_start, frontier.timeline).await? {
         Start::Streaming => Ok(()),
         // Exactly at its end: it ended after the plan was made.
@@ -443,7 +523,7 @@ async fn start(connection: &mut Connection, options: &ClusterOptions, frontier: 
 /// The WAL between the archive's end and `begin` is lost here: says so in the ledger and starts a new run.
 async fn skip_gap(
     world: &World,
-    archive: &Archive,
+    archives: &[Archive],
     server: &Server,
     frontier: &Frontier,
     begin: Lsn,
@@ -460,7 +540,7 @@ async fn skip_gap(
         if from < to {
             tracing::error!(timeline = %line, %from, %to, cause, "the archive has a gap: this WAL is no longer on the server");
             let fact = LedgerFact::new(FactKind::Gap, world.clock.now(), cause).about(line, from, to);
-            startup::record_once(world, archive, fact).await?;
+            startup::record_everywhere(world, archives, fact).await?;
         }
         from = from.max(to);
         match server.history.child_of(line) {

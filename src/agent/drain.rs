@@ -13,21 +13,21 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::session::Member;
 use super::startup;
 use super::world::{ClusterOptions, World};
-use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
-use crate::catalog::store::{self, Archive};
+use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, Reach, StoreHealth, Writer};
+use crate::catalog::store::{self, Archive, CatalogError};
 use crate::continuity;
 use crate::error::{Advice, Disposition, ExitCode, Failure};
 use crate::receiver::resume::{self, Frontier, PrefixCheck};
 use crate::receiver::{Acknowledge, Cut, Framer, MemoryBudget, Piece, Progress, Sealed};
-use crate::repository::layout::{Epoch, Lineage};
+use crate::repository::layout::{Epoch, Lineage, WalDirectory};
 use crate::spool::{Destination, LineageSpool, Marker, RunName, RunReader, Spool, SpoolError};
-use crate::wal::{History, Lsn, ScanOptions, Scanner, SegmentSize, TimelineId};
+use crate::wal::{Carry, History, Lsn, ScanOptions, Scanner, SegmentName, SegmentSize, TimelineId};
 
-/// Pieces on their way to the encoder, and encoded ones on theirs to the archiver: as in a stream.
+/// Pieces on their way to the encoder, as in a stream.
 const PIECES_MAX: usize = 6;
-const ENCODED_MAX: usize = 8;
 
 /// Opens the cluster's spool, where one is configured. Without a contract that rests on it, one that cannot be used
 /// is said and done without; with it, what is in there may be what the server no longer has.
@@ -57,58 +57,20 @@ pub async fn open(options: &ClusterOptions) -> Result<Option<Arc<Spool>>, Failur
 pub async fn begin(
     spool: &Arc<Spool>,
     options: &ClusterOptions,
-    archive: &Archive,
+    members: &[Member],
     epoch: Epoch,
     scan: &ScanOptions,
     server_major: u32,
-) -> Result<Option<LineageSpool>, Failure> {
-    match mark(spool, options, archive, epoch, scan, server_major).await {
-        Ok(lineage) => Ok(Some(lineage)),
-        Err(Refused::Spool(error)) => {
-            tracing::warn!(cluster = options.name, hint = error.hint(), "going on without a spool: {error}");
-            Ok(None)
-        }
-        Err(Refused::Repository(failure)) => Err(failure),
-    }
-}
-
-enum Refused {
-    Spool(SpoolError),
-    Repository(Failure),
-}
-
-impl From<SpoolError> for Refused {
-    fn from(error: SpoolError) -> Refused {
-        Refused::Spool(error)
-    }
-}
-
-impl From<Failure> for Refused {
-    fn from(failure: Failure) -> Refused {
-        Refused::Repository(failure)
-    }
-}
-
-async fn mark(
-    spool: &Arc<Spool>,
-    options: &ClusterOptions,
-    archive: &Archive,
-    epoch: Epoch,
-    scan: &ScanOptions,
-    server_major: u32,
-) -> Result<LineageSpool, Refused> {
-    let id = match store::read_repository(archive.backend.as_ref()).await.map_err(Failure::from)? {
-        Some(repository) => repository.id,
-        None => return Err(Failure::new(ExitCode::Unavailable, "the repository has just lost repository.json").into()),
-    };
+) -> Option<LineageSpool> {
+    let destination = |member: &Member| Destination { id: member.opened.id.clone(), epoch };
     let marker = Marker {
         schema: Marker::SCHEMA,
         cluster: options.name.clone(),
-        lineage: archive.lineage.directory_name(),
+        lineage: members[0].opened.archive.lineage.directory_name(),
         system_id: scan.system_id,
         segment_size: scan.segment_size,
         server_major,
-        repositories: vec![Destination { id, epoch }],
+        repositories: members.iter().map(destination).collect(),
         acknowledged: options.acknowledge == Acknowledge::Spool,
     };
     let spool = spool.clone();
@@ -117,7 +79,13 @@ async fn mark(
         lineage.write_marker(&marker)?;
         Ok(lineage)
     });
-    Ok(marked.await?)
+    match marked.await {
+        Ok(lineage) => Some(lineage),
+        Err(error) => {
+            tracing::warn!(cluster = options.name, hint = error.hint(), "going on without a spool: {error}");
+            None
+        }
+    }
 }
 
 /// Brings everything in the spool into the repository and empties it. Returns the epoch it took for that, if any.
@@ -157,6 +125,58 @@ struct Drain<'a> {
     destination: Destination,
 }
 
+/// The repository the WAL goes to: of those it was on its way to that answer, the one that reaches furthest. The
+/// others get it from there, as they get everything they have missed.
+async fn choose(
+    world: &World,
+    options: &ClusterOptions,
+    spool: &LineageSpool,
+    marker: &Marker,
+    lineage: &Lineage,
+) -> Result<(Archive, Destination), Failure> {
+    let mut candidates = Vec::new();
+    let (mut unavailable, mut strange) = (None, Vec::new());
+    for repository in &world.repositories {
+        let archive = Archive::new(repository.backend.clone(), lineage.clone()).with_keys(options.keys.clone());
+        let looked = async {
+            let Some(file) = store::read_repository(archive.backend.as_ref()).await? else {
+                return Ok(Err("holds no repository".to_string()));
+            };
+            let Some(destination) = marker.destination(&file.id) else {
+                return Ok(Err(format!("is repository {}", file.id)));
+            };
+            if store::read_lineage(archive.backend.as_ref(), lineage).await?.is_none() {
+                return Ok(Err(format!("does not hold lineage {}", marker.lineage)));
+            }
+            let (_, directories) = archive.wal_listing().await?;
+            let end = match directories.last() {
+                Some(last) => archive.frontier(last.timeline, marker.segment_size).await?.end,
+                None => None,
+            };
+            Ok::<_, CatalogError>(Ok((directories.last().map(|last| last.timeline), end, destination.clone())))
+        };
+        match looked.await {
+            Ok(Ok((timeline, end, destination))) => candidates.push((timeline, end, archive, destination)),
+            Ok(Err(what)) => strange.push(format!("{} {what}", repository.backend.describe())),
+            Err(error) => unavailable = unavailable.or(Some(Failure::from(error))),
+        }
+    }
+    // The first of equals.
+    let furthest = candidates.into_iter().reduce(|best, other| match (other.0, other.1) > (best.0, best.1) {
+        true => other,
+        false => best,
+    });
+    match (furthest, unavailable) {
+        (Some((_, _, archive, destination)), _) => Ok((archive, destination)),
+        (None, Some(failure)) => Err(failure),
+        (None, None) => {
+            let known: Vec<&str> = marker.repositories.iter().map(|known| known.id.as_str()).collect();
+            let whose = format!("repository {}, lineage {}; {}", known.join(", "), marker.lineage, strange.join(", "));
+            Err(foreign(spool, whose).into())
+        }
+    }
+}
+
 /// How far one timeline's WAL went.
 struct Outcome {
     /// Everything proven below is in the repository.
@@ -181,20 +201,7 @@ impl<'a> Drain<'a> {
             let whose = format!("cluster {}, system {}", marker.cluster, marker.system_id);
             return Err(foreign(&spool, whose).into());
         };
-        let backend = world.backend.clone();
-        let repository = store::read_repository(backend.as_ref()).await?;
-        let id = repository.map(|repository| repository.id);
-        let Some(destination) = id.as_deref().and_then(|id| marker.destination(id)).cloned() else {
-            let known: Vec<&str> = marker.repositories.iter().map(|known| known.id.as_str()).collect();
-            let found = id.map_or("holds no repository".to_string(), |id| format!("is repository {id}"));
-            let whose = format!("repository {}; {} {found}", known.join(", "), backend.describe());
-            return Err(foreign(&spool, whose).into());
-        };
-        if store::read_lineage(backend.as_ref(), &lineage).await?.is_none() {
-            let whose = format!("lineage {}, which {} does not hold", marker.lineage, backend.describe());
-            return Err(foreign(&spool, whose).into());
-        }
-        let archive = Archive::new(backend, lineage);
+        let (archive, destination) = choose(world, options, &spool, &marker, &lineage).await?;
         Ok(Drain { world, options, spool, marker, archive, destination })
     }
 
@@ -268,7 +275,7 @@ impl<'a> Drain<'a> {
                     return Ok(None);
                 }
                 let boundary = size.floor(parent.end);
-                let (carry, record_end) = startup::state_before(&self.archive, parent.timeline, boundary, size).await?;
+                let (carry, record_end) = state_before(&self.archive, parent.timeline, boundary, size).await?;
                 resume::child_frontier(timeline, parent.end, size, carry, record_end)
             }
             None => {
@@ -325,10 +332,12 @@ impl<'a> Drain<'a> {
         let stop = CancellationToken::new();
         let writer = Writer::new(self.archive.clone(), epoch, StoreHealth::default(), stop);
         let (timeline, segment_size) = (frontier.timeline, scan.segment_size);
-        let options = ArchiverOptions { timeline, segment_size, repository: 0, memory: memory.clone() };
-        let archiver = Archiver::new(options, writer, self.world.workers.clone(), progress.clone(), &frontier);
+        let options = ArchiverOptions { timeline, segment_size, memory: memory.clone() };
+        let run = frontier.stored();
+        let reach = Reach::new(0, progress.clone(), frontier.segment_start, run, run);
+        let archiver = Archiver::new(options, writer, self.world.workers.clone(), reach, &frontier);
         let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
-        let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);
+        let (encoded, encoded_input) = mpsc::channel(archiver::ENCODED_MAX);
         let archiver = AbortOnDropHandle::new(tokio::spawn(archiver.run(encoded_input)));
         let workers = self.world.workers.clone();
         let encoding = archiver::run_encoding(pieces_input, vec![encoded], workers, memory.clone());
@@ -392,6 +401,23 @@ impl<'a> Drain<'a> {
         let gaps = continuity::gaps(&catalog).into_iter();
         Ok(gaps.filter(|gap| gap.timeline == timeline).map(|gap| gap.from..gap.to).collect())
     }
+}
+
+/// The scanner's state at `boundary` on `timeline`, as the index entry of the segment before it has it.
+async fn state_before(
+    archive: &Archive,
+    timeline: TimelineId,
+    boundary: Lsn,
+    size: SegmentSize,
+) -> Result<(Carry, Lsn), Failure> {
+    if boundary == Lsn::ZERO {
+        return Ok((Carry::default(), Lsn::ZERO));
+    }
+    let name = SegmentName::new(timeline, size.segment_before(boundary), size);
+    let directory = archive.directory(WalDirectory::of(name), size).await?;
+    Ok(directory.sealed(name).map_or((Carry::default(), Lsn::ZERO), |entry| {
+        (entry.summary.carry.clone(), entry.summary.record_end.unwrap_or_default())
+    }))
 }
 
 /// Hands the spool's WAL to the encoder as far as it proves.

@@ -3,8 +3,10 @@
 //! Owns: spawning clusters, watching them for `--until`, the shutdown order.
 //! Does not own: signals and configuration (`cli/run.rs`), one cluster's life (`cluster.rs`).
 
+mod absence;
 pub mod cluster;
 mod drain;
+pub mod opening;
 mod sentinel;
 pub mod session;
 pub mod slot;

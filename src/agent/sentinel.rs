@@ -72,7 +72,7 @@ impl Sentinel {
         };
         let is_still = self.standing.handle_look(self.started.elapsed(), acknowledged, proven);
         let is_paused = *self.watched.activity.borrow() == Activity::Paused;
-        is_still || is_paused || self.watched.health.failure().is_some()
+        is_still || is_paused || self.watched.failure().is_some()
     }
 
     async fn next_look(&self) {

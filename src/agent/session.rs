@@ -1,40 +1,54 @@
-//! Owns: one stream of one timeline: the receiver, the encoding stage and the archiver, wired together; the
-//! order in which they end.
+//! Owns: one stream of one timeline: the receiver, the encoding stage, and for each repository an outlet with its
+//! archiver, wired together; the order in which they end.
 //! Does not own: what any of them does, where the stream starts (`startup.rs`), what happens next (`cluster.rs`).
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::absence::{Absences, Return};
+use super::opening::{Absent, Opened};
 use super::sentinel::Sentinel;
 use super::synchronous;
 use super::world::{ClusterOptions, World};
+use crate::archiver::repair::{Repair, Source};
 use crate::archiver::{
-    self, ArchiveError, Archiver, ArchiverOptions, Encoded, SpoolHealth, Spooling, SpoolingOptions, StoreHealth, Writer,
+    self, ArchiveError, Archiver, ArchiverOptions, Encoded, Finished, Outlet, Outlets, Reach, SpoolHealth, Spooling,
+    SpoolingOptions, StoreHealth, Writer,
 };
 use crate::catalog::DirectoryContents;
 use crate::catalog::store::{Archive, CatalogError};
+use crate::error::{ExitCode, Failure};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
+use crate::receiver::{
+    Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, Stored, StreamEnd, Wiring,
+};
 use crate::replication::{Address, Connection};
+use crate::repository::StoreError;
 use crate::repository::layout::{Epoch, WalDirectory};
 use crate::spool::LineageSpool;
-use crate::wal::{Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
+use crate::wal::{History, Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
 
 /// Pieces between receiver and encoder: each may hold a raw frame of 1 MiB. Fewer, and reading stops and starts
 /// with the encoder's every frame; more would only be memory.
 const PIECES_MAX: usize = 6;
-/// Encoded pieces on their way to an archiver, which takes them at once: they count against the budget.
-const ENCODED_MAX: usize = 8;
-
 /// What a stream is about.
 #[derive(Debug)]
 pub struct Assignment {
+    /// Where it begins, and all that is stored of its first segment, in any repository.
     pub frontier: Frontier,
+    /// Those that take part, in the order of the configuration.
+    pub members: Vec<Member>,
+    pub absent: Vec<Absent>,
+    pub absences: Absences,
     pub scan: ScanOptions,
+    /// The server's history: along it every repository has to be contiguous.
+    pub path: History,
     pub slot_restart: Lsn,
     pub epoch: Epoch,
     pub wal_sender_timeout: Duration,
@@ -45,71 +59,139 @@ pub struct Assignment {
     pub spool: Option<LineageSpool>,
 }
 
+/// A repository that takes part.
+#[derive(Debug)]
+pub struct Member {
+    pub opened: Opened,
+    /// Its own part of the frontier.
+    pub frontier: Frontier,
+    /// What it is known to hold without a hole; zero when that has to be found out.
+    pub contiguous: Stored,
+}
+
 /// What others may watch while a stream is under way.
 #[derive(Clone, Debug)]
 pub struct Watched {
     pub progress: Arc<watch::Sender<Progress>>,
     pub activity: Arc<watch::Sender<Activity>>,
-    pub health: StoreHealth,
+    /// In the order of the configuration.
+    pub repositories: Vec<WatchedRepository>,
     pub spool: Arc<watch::Sender<SpoolHealth>>,
 }
 
-/// How a stream ended: the receiver's word, and the archiver's, which decides when both have failed.
+impl Watched {
+    /// Why a repository that takes part does not take WAL.
+    pub fn failure(&self) -> Option<StoreError> {
+        self.repositories.iter().filter(|repository| !repository.is_out()).find_map(|it| it.health.failure())
+    }
+}
+
+/// One repository's part in a stream.
+#[derive(Clone, Debug)]
+pub struct WatchedRepository {
+    pub name: String,
+    pub health: StoreHealth,
+    /// `None`: it does not take part.
+    part: Option<Part>,
+    absent: Option<Failure>,
+}
+
+#[derive(Clone, Debug)]
+struct Part {
+    reach: Reach,
+    outlets: Outlets,
+    repairing: watch::Receiver<Option<(Lsn, Lsn)>>,
+}
+
+/// What a repository is doing.
+#[derive(Clone, Debug)]
+pub enum RepositoryState {
+    /// It takes the stream, and holds everything before it.
+    Writing,
+    /// It takes the stream behind a hole nobody who is there can fill, or one that is still looked for.
+    Behind,
+    /// It takes the stream; what it misses is copied: up to the first, of the second.
+    Repairing { from: Lsn, to: Lsn },
+    /// Out, and why.
+    Absent(Failure),
+}
+
+impl WatchedRepository {
+    pub fn state(&self) -> RepositoryState {
+        let Some(part) = &self.part else {
+            let unknown = || Failure::new(ExitCode::Unavailable, "it does not take part");
+            return RepositoryState::Absent(self.absent.clone().unwrap_or_else(unknown));
+        };
+        if let Some((_, why)) = part.outlets.gone().borrow().iter().find(|(gone, _)| *gone == part.reach.repository) {
+            return RepositoryState::Absent(why.clone());
+        }
+        match *part.repairing.borrow() {
+            _ if part.reach.is_whole() => RepositoryState::Writing,
+            Some((from, to)) => RepositoryState::Repairing { from, to },
+            None => RepositoryState::Behind,
+        }
+    }
+
+    /// What it holds without a hole, in this stream; `None` while it is out.
+    pub fn frontier(&self) -> Option<Stored> {
+        self.part.as_ref().map(|part| part.reach.contiguous())
+    }
+
+    fn is_out(&self) -> bool {
+        self.part.as_ref().is_none_or(|part| part.outlets.is_gone(part.reach.repository))
+    }
+}
+
+/// How a stream ended: the receiver's word, and the archivers', which decides when both have failed.
 #[derive(Debug)]
 pub struct Ended {
     pub received: Result<StreamEnd, ReceiveError>,
     pub archived: Result<(), ArchiveError>,
+    /// What each repository that took part holds without a hole.
+    pub contiguous: Vec<(usize, Stored)>,
 }
 
-/// Streams until the timeline or the connection ends, or `stop` asks to drain. When this returns nothing of the
-/// session is left: the next one starts from what the repository holds.
+/// Streams until the timeline or the connection ends, `stop` asks to drain, or a repository is back. When this returns
+/// nothing of the session is left: the next one starts from what the repositories hold.
 pub async fn run(
     world: &World,
     options: &ClusterOptions,
-    archive: &Archive,
     mut connection: Connection,
     assignment: Assignment,
     stop: CancellationToken,
     watching: impl FnOnce(Watched),
 ) -> Ended {
     let frontier = &assignment.frontier;
-    let stored = vec![frontier.stored()];
-    let progress = Progress::new(frontier.segment_start, stored, 1, options.acknowledge, assignment.slot_restart);
-    let watched = Watched {
-        progress: Arc::new(watch::Sender::new(progress)),
-        activity: Arc::new(watch::Sender::new(Activity::Streaming)),
-        health: StoreHealth::default(),
-        spool: Arc::default(),
-    };
-    watching(watched.clone());
     let memory = MemoryBudget::new(options.memory_bytes);
     let abort = CancellationToken::new();
-    let writer = Writer::new(archive.clone(), assignment.epoch, watched.health.clone(), abort.clone());
-    let archiver_options = ArchiverOptions {
-        timeline: frontier.timeline,
-        segment_size: assignment.scan.segment_size,
-        repository: 0,
-        memory: memory.clone(),
-    };
+    let Members { watched, outlets, running, repairs, mut encoded } =
+        begin_members(world, options, &assignment, &memory, &abort).await;
+    watching(watched.clone());
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
-    let (encoded, encoded_input) = mpsc::channel(ENCODED_MAX);
-    let mut archiver =
-        Archiver::new(archiver_options, writer, world.workers.clone(), watched.progress.clone(), frontier);
-    match left_behind(archive, frontier, assignment.scan.segment_size).await {
-        Ok(contents) => archiver.adopt(&contents),
-        Err(error) => tracing::debug!(%error, "nothing is tidied up this time"),
-    }
-    let mut archiver = AbortOnDropHandle::new(tokio::spawn(archiver.run(encoded_input)));
     let (spooling, spooled) = start_spooling(world, options, &assignment, &memory, &watched).unzip();
-    let archivers = [Some(encoded), spooled].into_iter().flatten().collect();
-    let encoding = archiver::run_encoding(pieces_input, archivers, world.workers.clone(), memory.clone());
+    encoded.extend(spooled);
+    let encoding = archiver::run_encoding(pieces_input, encoded, world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
+    let repairs =
+        AbortOnDropHandle::new(tokio::spawn(run_repairs(repairs, assignment.absences.clone(), abort.clone())));
 
     let server_stopping = CancellationToken::new();
     let patience = 2 * options.tail_interval.max(options.shutdown_grace);
     let address = assignment.address.clone();
     let sentinel = Sentinel::new(world.clone(), address, watched.clone(), patience, server_stopping.clone());
     let sentinel = AbortOnDropHandle::new(tokio::spawn(sentinel.run()));
+    // Ours to cancel, and cancelled with `stop`.
+    let drain = stop.child_token();
+    let returning = Return {
+        world: world.clone(),
+        options: options.clone(),
+        lineage: assignment.members[0].opened.archive.lineage.clone(),
+        epoch: assignment.epoch,
+        absences: assignment.absences.clone(),
+        gone: outlets.gone(),
+        back: drain.clone(),
+    };
+    let returning = (world.repositories.len() > 1).then(|| AbortOnDropHandle::new(tokio::spawn(returning.run())));
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
@@ -120,45 +202,245 @@ pub async fn run(
         pieces,
         progress: watched.progress.clone(),
         memory,
-        stop: stop.clone(),
+        stop: drain,
         server_stopping,
         activity: watched.activity.clone(),
         synchronous,
         clock: world.clock.clone(),
     };
     let receiver_options = receiver_options(options, assignment.wal_sender_timeout);
-    let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring).run().await;
-    // A stopping server waits for every walsender's connection, whatever the archiver still has to do.
-    drop((sentinel, looking));
+    // Cuts are made for the one that holds least of the first segment.
+    let least = assignment.members.iter().map(|member| member.frontier.stored().bytes_end).min();
+    let received = Receiver::new(&mut connection, frontier, scanner, receiver_options, wiring)
+        .cutting_from(least.expect("at least one repository takes part"))
+        .run()
+        .await;
+    // A stopping server waits for every walsender's connection, whatever the archivers still have to do.
+    drop((sentinel, looking, returning));
     match &received {
         Ok(_) => connection.close().await,
         Err(_) => drop(connection),
     }
 
-    // The receiver is gone and its channel closed: the archiver stores what it was given and ends. At the end of
-    // a timeline that may take as long as the store needs; otherwise as long as a stop may take.
-    let patience = async {
-        match &received {
-            Ok(StreamEnd::Timeline(_)) => stop.cancelled().await,
-            Ok(StreamEnd::Stopped { .. }) => return,
-            _ => {}
-        }
-        tokio::time::sleep(options.shutdown_grace).await;
-    };
-    let archived = tokio::select! {
-        biased;
-        archived = &mut archiver => archived,
-        () = patience => {
-            abort.cancel();
-            archiver.await
-        }
-    };
-    let archived = archived.expect("the archiver does not panic");
+    let archived = finish(running, &received, options.shutdown_grace, &stop, &abort).await;
     encoding.await.expect("the encoding stage does not panic");
     if let Some(spooling) = spooling {
         end_spooling(spooling, options.shutdown_grace).await;
     }
-    Ended { received, archived }
+    // A repair that found what stops the cluster has said so by now; any other goes on in the next stream.
+    let repaired = match repairs.is_finished() {
+        true => repairs.await.expect("a repair does not panic"),
+        false => Ok(()),
+    };
+    let parts = watched.repositories.iter().filter_map(|repository| repository.part.as_ref());
+    let contiguous = parts.map(|part| (part.reach.repository, part.reach.contiguous())).collect();
+    Ended { received, archived: repaired.and(archived), contiguous }
+}
+
+type RunningOutlets = FuturesUnordered<AbortOnDropHandle<Result<Finished, ArchiveError>>>;
+
+/// What was started for the repositories.
+struct Members {
+    watched: Watched,
+    outlets: Outlets,
+    running: RunningOutlets,
+    /// By place in the configuration.
+    repairs: Vec<(usize, Repair)>,
+    encoded: Vec<mpsc::Sender<Encoded>>,
+}
+
+/// One outlet and archiver for each repository, and what has to be repaired.
+async fn begin_members(
+    world: &World,
+    options: &ClusterOptions,
+    assignment: &Assignment,
+    memory: &MemoryBudget,
+    abort: &CancellationToken,
+) -> Members {
+    let Assignment { frontier, members, .. } = assignment;
+    let (size, start) = (assignment.scan.segment_size, frontier.segment_start);
+    let mut stored = vec![Stored::default(); world.repositories.len()];
+    for member in members {
+        stored[member.opened.index] = Reach::initial(start, member.frontier.stored(), member.contiguous);
+    }
+    let mut progress =
+        Progress::new(start, stored.clone(), options.required, options.acknowledge, assignment.slot_restart);
+    for (index, stored) in stored.iter().enumerate() {
+        progress.handle_awaited(index, stored.bytes_end >= start);
+    }
+    let progress = Arc::new(watch::Sender::new(progress));
+    let reaches: Vec<Reach> = members
+        .iter()
+        .map(|member| {
+            let (run, index) = (member.frontier.stored(), member.opened.index);
+            Reach::new(index, progress.clone(), start, run, member.contiguous)
+        })
+        .collect();
+    let outlets = Outlets::new(reaches.clone(), options.required, progress.clone());
+    let mut repositories: Vec<WatchedRepository> = world
+        .repositories
+        .iter()
+        .enumerate()
+        .map(|(index, repository)| {
+            let absent = assignment.absent.iter().find(|absent| absent.index == index).map(|absent| absent.why.clone());
+            WatchedRepository { name: repository.name.clone(), health: StoreHealth::default(), part: None, absent }
+        })
+        .collect();
+    let (running, mut repairs, mut encoded) = (FuturesUnordered::new(), Vec::new(), Vec::new());
+    for (member, reach) in members.iter().zip(reaches) {
+        let Opened { index, name, archive, .. } = &member.opened;
+        let health = repositories[*index].health.clone();
+        let writer = Writer::new(archive.clone(), assignment.epoch, health.clone(), abort.clone());
+        let archiver_options =
+            ArchiverOptions { timeline: frontier.timeline, segment_size: size, memory: memory.clone() };
+        let mut archiver =
+            Archiver::new(archiver_options, writer.clone(), world.workers.clone(), reach.clone(), &member.frontier);
+        match left_behind(archive, &member.frontier, size).await {
+            Ok(contents) => archiver.adopt(&contents),
+            Err(error) => tracing::debug!(%error, "nothing is tidied up this time"),
+        }
+        let (position, repairing) = watch::channel(None);
+        let others = members.iter().filter(|other| other.opened.index != *index);
+        let sources = others.map(|other| Source {
+            repository: other.opened.index,
+            id: other.opened.id.clone(),
+            archive: other.opened.archive.clone(),
+        });
+        let repair = Repair {
+            name: name.clone(),
+            writer,
+            reach: reach.clone(),
+            sources: sources.collect(),
+            outlets: outlets.clone(),
+            segment_size: size,
+            path: assignment.path.clone(),
+            boundary: (frontier.timeline, start),
+            is_complete: members.len() == world.repositories.len(),
+            memory: memory.clone(),
+            clock: world.clock.clone(),
+            position,
+        };
+        match reach.is_whole() {
+            true => assignment.absences.handle_whole(*index),
+            false => repairs.push((*index, repair)),
+        }
+        let (sender, input) = mpsc::channel(archiver::ENCODED_MAX);
+        encoded.push(sender);
+        let outlet = Outlet::new(name.clone(), archiver, input, outlets.clone(), health);
+        running.push(AbortOnDropHandle::new(tokio::spawn(outlet.run())));
+        repositories[*index].part = Some(Part { reach, outlets: outlets.clone(), repairing });
+    }
+    let activity = Arc::new(watch::Sender::new(Activity::Streaming));
+    Members {
+        watched: Watched { progress, activity, repositories, spool: Arc::default() },
+        outlets,
+        running,
+        repairs,
+        encoded,
+    }
+}
+
+/// Repairs what has to be, all at once. Ends early, and the session with it, with what stops the cluster.
+async fn run_repairs(
+    repairs: Vec<(usize, Repair)>,
+    absences: Absences,
+    abort: CancellationToken,
+) -> Result<(), ArchiveError> {
+    let mut running: FuturesUnordered<_> = repairs
+        .into_iter()
+        .map(|(index, repair)| {
+            let mut gone = repair.outlets.gone();
+            let absences = absences.clone();
+            async move {
+                let left = async move {
+                    let _ = gone.wait_for(|gone| gone.iter().any(|(gone, _)| *gone == index)).await;
+                };
+                tokio::select! {
+                    biased;
+                    () = left => Ok(()),
+                    repaired = repair.run() => {
+                        if repaired.is_ok() {
+                            absences.handle_whole(index);
+                        }
+                        repaired
+                    }
+                }
+            }
+        })
+        .collect();
+    while let Some(repaired) = running.next().await {
+        match repaired {
+            Ok(()) | Err(ArchiveError::Stopped) => {}
+            Err(error) => {
+                abort.cancel();
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The receiver is gone and its channel closed: the archivers store what they were given and end. At the end of a
+/// timeline that may take as long as a store needs; otherwise as long as a stop may take. Once one of them has
+/// everything, the others get no longer than that either: what they miss is copied.
+async fn finish(
+    mut running: RunningOutlets,
+    received: &Result<StreamEnd, ReceiveError>,
+    grace: Duration,
+    stop: &CancellationToken,
+    abort: &CancellationToken,
+) -> Result<(), ArchiveError> {
+    let has_stored = CancellationToken::new();
+    let patience = async {
+        match received {
+            Ok(StreamEnd::Timeline(_)) => tokio::select! {
+                () = stop.cancelled() => {}
+                () = has_stored.cancelled() => {}
+            },
+            Ok(StreamEnd::Stopped { .. }) => return,
+            _ => {}
+        }
+        tokio::time::sleep(grace).await;
+    };
+    tokio::pin!(patience);
+    let mut result = Ok(());
+    loop {
+        let ended = tokio::select! {
+            biased;
+            ended = running.next() => ended,
+            () = &mut patience, if !abort.is_cancelled() => {
+                abort.cancel();
+                continue;
+            }
+        };
+        match ended.map(|ended| ended.expect("an outlet does not panic")) {
+            None => return result,
+            Some(Ok(Finished::Stored)) => has_stored.cancel(),
+            Some(Ok(Finished::Left)) => {}
+            Some(Err(error)) => {
+                // Nothing further is stored anywhere.
+                abort.cancel();
+                result = Err(graver(result, error));
+            }
+        }
+    }
+}
+
+/// Of two reasons to end, the one that asks for more.
+fn graver(before: Result<(), ArchiveError>, error: ArchiveError) -> ArchiveError {
+    let weight = |error: &ArchiveError| match error {
+        ArchiveError::Stopped => 0,
+        ArchiveError::Store(_)
+        | ArchiveError::Catalog(_)
+        | ArchiveError::Replaced { .. }
+        | ArchiveError::Incomparable { .. } => 1,
+        ArchiveError::Fenced { .. } => 2,
+        ArchiveError::Conflict { .. } => 3,
+    };
+    match before {
+        Err(before) if weight(&before) >= weight(&error) => before,
+        _ => error,
+    }
 }
 
 /// The spool's part of a stream, where there is one, and the way to it.
@@ -178,7 +460,7 @@ fn start_spooling(
     };
     let (progress, health) = (watched.progress.clone(), watched.spool.clone());
     let spooling = Spooling::new(spooling, spool, world.workers.clone(), progress, health);
-    let (encoded, input) = mpsc::channel(ENCODED_MAX);
+    let (encoded, input) = mpsc::channel(archiver::ENCODED_MAX);
     Some((AbortOnDropHandle::new(tokio::spawn(spooling.run(input))), encoded))
 }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::opening::Opening;
 use super::startup::{self, Server};
 use super::world::{ClusterOptions, World};
 use crate::catalog::lineage::WriterFile;
@@ -20,9 +21,13 @@ use crate::repository::layout::Epoch;
 /// Whose turn it is.
 #[derive(Debug)]
 pub enum Turn {
-    Ours(Epoch),
-    /// The writer of another slot.
-    Theirs(WriterFile),
+    Ours {
+        epoch: Epoch,
+        /// The repositories in which it was taken only now.
+        newcomers: Vec<usize>,
+    },
+    /// The writer of another slot, in the repository that tells of it.
+    Theirs { writer: WriterFile, archive: Archive },
 }
 
 /// How often a waiting agent looks, and advances its own slot.
@@ -30,25 +35,83 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// A frontier that has stood still this long, while the server is ahead, has no writer any more.
 const STILL: Duration = Duration::from_secs(60);
 
+/// How often another may be faster.
+const TAKE_ATTEMPTS: u32 = 16;
+
 /// Keeps `held`, the epoch this process took before, while it is the highest; else takes the next one, where the
 /// highest is not another slot's. START_REPLICATION was granted on our slot: no other agent streams from it.
+///
+/// One number in all repositories: the highest of any of them decides.
 pub async fn take_or_wait(
     world: &World,
     options: &ClusterOptions,
-    archive: &Archive,
+    opening: &mut Opening,
     held: Option<Epoch>,
 ) -> Result<Turn, Failure> {
-    match archive.highest_writer().await? {
-        Some(writer) if Some(writer.epoch) == held => Ok(Turn::Ours(writer.epoch)),
-        Some(writer) if writer.slot != options.slot.as_str() => Ok(Turn::Theirs(writer)),
-        _ => Ok(Turn::Ours(take(world, options, archive).await?)),
+    let writers = opening.in_each(|opened| async move { Ok(opened.archive.highest_writer().await?) }).await?;
+    // The same number may be another's, taken where we were not.
+    let is_ours = |writer: &WriterFile| {
+        Some(writer.epoch) == held && writer.slot == options.slot.as_str() && writer.host == options.host
+    };
+    let numbered = || writers.iter().enumerate().filter_map(|(at, writer)| Some((at, writer.as_ref()?)));
+    let highest = numbered().max_by_key(|(_, writer)| (writer.epoch, !is_ours(writer)));
+    match highest {
+        Some((_, writer)) if is_ours(writer) => {
+            let epoch = writer.epoch;
+            let lacks =
+                opening.present.iter().zip(&writers).filter(|(_, writer)| !writer.as_ref().is_some_and(is_ours));
+            let newcomers: Vec<usize> = lacks.map(|(opened, _)| opened.index).collect();
+            match newcomers.is_empty() || claim(world, options, opening, epoch, &newcomers).await? {
+                true => Ok(Turn::Ours { epoch, newcomers }),
+                // Somebody came between: the next look tells who.
+                false => Err(opening.present[0].archive.epoch_contended(1).into()),
+            }
+        }
+        Some((at, writer)) if writer.slot != options.slot.as_str() => {
+            Ok(Turn::Theirs { writer: writer.clone(), archive: opening.present[at].archive.clone() })
+        }
+        _ => {
+            let epoch = take(world, options, opening).await?;
+            Ok(Turn::Ours { epoch, newcomers: opening.present.iter().map(|opened| opened.index).collect() })
+        }
     }
 }
 
-async fn take(world: &World, options: &ClusterOptions, archive: &Archive) -> Result<Epoch, Failure> {
-    let version = env!("CARGO_PKG_VERSION");
-    let now = world.clock.now();
-    Ok(archive.take_epoch(options.slot.as_str(), options.host.as_deref(), version, now).await?)
+/// Takes the number after the highest, in every repository.
+async fn take(world: &World, options: &ClusterOptions, opening: &mut Opening) -> Result<Epoch, Failure> {
+    for _ in 0..TAKE_ATTEMPTS {
+        let highest = opening.in_each(|opened| async move { Ok(opened.archive.highest_epoch().await?) }).await?;
+        let highest = highest.into_iter().flatten().max().unwrap_or_default();
+        let Some(next) = highest.0.checked_add(1).map(Epoch) else { break };
+        let all: Vec<usize> = opening.present.iter().map(|opened| opened.index).collect();
+        if claim(world, options, opening, next, &all).await? {
+            return Ok(next);
+        }
+    }
+    Err(opening.present[0].archive.epoch_contended(TAKE_ATTEMPTS).into())
+}
+
+/// Takes `epoch` in the named repositories, in the order of their ids, so that of two who try the first decides. False
+/// when another has it in one of them.
+async fn claim(
+    world: &World,
+    options: &ClusterOptions,
+    opening: &mut Opening,
+    epoch: Epoch,
+    wanted: &[usize],
+) -> Result<bool, Failure> {
+    let (version, now) = (env!("CARGO_PKG_VERSION"), world.clock.now());
+    let mut order = opening.present.clone();
+    order.sort_by(|a, b| (&a.id, a.index).cmp(&(&b.id, b.index)));
+    for opened in order.iter().filter(|opened| wanted.contains(&opened.index)) {
+        let (slot, host) = (options.slot.as_str(), options.host.as_deref());
+        match opened.archive.claim_epoch(epoch, slot, host, version, now).await {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => opening.leave_out(opened.index, error.into())?,
+        }
+    }
+    Ok(true)
 }
 
 /// Waits while another slot's writer moves the frontier; advances our slot to what is proven in the repository,
@@ -56,6 +119,7 @@ async fn take(world: &World, options: &ClusterOptions, archive: &Archive) -> Res
 pub async fn wait(
     world: &World,
     options: &ClusterOptions,
+    opening: &mut Opening,
     archive: &Archive,
     mut connection: Connection,
     server: &Server,
@@ -79,7 +143,7 @@ pub async fn wait(
         }
         let behind = stored.is_none_or(|stored| stored.record_end < identity.flush_lsn);
         if behind && seen_at.elapsed() >= STILL {
-            let epoch = take(world, options, archive).await?;
+            let epoch = take(world, options, opening).await?;
             tracing::warn!(%epoch, "the other agent has stood still for {STILL:?} while the server is ahead: taking over");
             return Ok(());
         }

@@ -3,19 +3,21 @@
 //! Does not own: the rules of the plan (`receiver/resume.rs`), the slot (`slot.rs`), streaming (`session.rs`).
 //! Rests on proto-notes/01-startup.md and 06-timelines.md.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::Bytes;
 
-use super::world::{ClusterOptions, World};
+use super::world::World;
 use crate::catalog::contents::TimelineState;
-use crate::catalog::ledger::{FactKind, LedgerFact};
 use crate::catalog::lineage::LineageFile;
-use crate::catalog::store::{self, Archive, CatalogError};
+use crate::catalog::store::Archive;
+use crate::catalog::{Crc32, DirectoryContents, Expired, FactKind, IndexEntry, LedgerFact, Piece};
+use crate::continuity::{self, Run};
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::receiver::resume::{self, Frontier, Plan, ServerPosition};
 use crate::replication::{Connection, SystemIdentity};
-use crate::repository::StoreErrorKind;
-use crate::repository::layout::{self, Lineage};
-use crate::wal::{History, Lsn, SegmentName, SegmentSize, TimelineId};
+use crate::repository::layout::TailName;
+use crate::wal::{Carry, History, Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// A server as it introduces itself.
 #[derive(Clone, Debug)]
@@ -99,131 +101,6 @@ pub enum SlotPresence {
     Unknown,
 }
 
-/// Finds the lineage this server continues, or creates one where that is safe: only for a slot that does not
-/// exist and a timeline without history, or for a server of a higher major version (pg_upgrade).
-pub async fn open_lineage(
-    world: &World,
-    options: &ClusterOptions,
-    server: &Server,
-    slot: SlotPresence,
-) -> Result<(Archive, LineageFile), Failure> {
-    let backend = world.backend.as_ref();
-    let repository = match store::read_repository(backend).await {
-        Err(CatalogError::Store(error)) if error.is(StoreErrorKind::RootMissing) => {
-            // Created only where an archive may begin: otherwise the volume is not mounted, and may yet be.
-            if refuse_unexpected_emptiness(world, options, server, slot).is_err() {
-                return Err(error.into());
-            }
-            backend.create_missing_root().await?;
-            None
-        }
-        read => read?,
-    };
-    let lineages = match &repository {
-        Some(_) => store::lineages(backend, &options.name).await?,
-        None => Vec::new(),
-    };
-    let ours = lineages.iter().filter(|(lineage, _)| lineage.system_id == server.identity.system_id);
-    if let Some((lineage, file)) = ours.max_by_key(|(lineage, _)| lineage.ordinal) {
-        check_same_build(file, server)?;
-        let archive = Archive::new(world.backend.clone(), lineage.clone()).with_keys(options.keys.clone());
-        return Ok((archive, file.clone()));
-    }
-    match lineages.iter().max_by_key(|(_, file)| file.created) {
-        Some((newest, file)) if major_of(&file.server_version) >= Some(server.major) => {
-            let message = format!(
-                "the server's system identifier is {}, this repository holds cluster {} with {}",
-                server.identity.system_id, options.name, newest.system_id
-            );
-            return Err(Failure::new(ExitCode::Config, message).hint(
-                "is this the right server, and the right repository? If it replaces the old one, run `seawall init --new-lineage`",
-            ));
-        }
-        Some(_) => tracing::info!(version = server.version, "a server of a higher major version: a new lineage begins"),
-        None => refuse_unexpected_emptiness(world, options, server, slot)?,
-    }
-    let lineage = Lineage::new(&options.name, server.identity.system_id, 1);
-    create_lineage(world, options, server, lineage, repository.is_some()).await
-}
-
-fn major_of(version: &str) -> Option<u32> {
-    let digits: String = version.chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().ok()
-}
-
-fn check_same_build(file: &LineageFile, server: &Server) -> Result<(), Failure> {
-    if file.segment_size == server.segment_size {
-        return Ok(());
-    }
-    let message = format!(
-        "the server's WAL segments are {} bytes, the archive's {}",
-        server.segment_size.bytes(),
-        file.segment_size.bytes()
-    );
-    Err(Failure::new(ExitCode::Config, message)
-        .hint("was pg_resetwal --wal-segsize used? Continue with `seawall init --new-lineage`"))
-}
-
-/// An existing slot, or a promoted server, with an empty repository: an unmounted volume or a mistyped path,
-/// far more often than a beginning.
-fn refuse_unexpected_emptiness(
-    world: &World,
-    options: &ClusterOptions,
-    server: &Server,
-    slot: SlotPresence,
-) -> Result<(), Failure> {
-    let location = world.backend.describe();
-    let promoted = !server.history.ancestors().is_empty();
-    let reason = match slot {
-        SlotPresence::Absent if !promoted => return Ok(()),
-        SlotPresence::Absent => format!("the server is on timeline {}", server.identity.timeline),
-        SlotPresence::Present => format!("slot {} already exists on the server", options.slot),
-        SlotPresence::Unknown => format!("it is not known whether slot {} exists", options.slot),
-    };
-    let message = format!("{reason}, but {location} holds nothing for cluster {}", options.name);
-    Err(Failure::new(ExitCode::Config, message).hint(
-        "is the repository's volume mounted, and is its `url` right? If the archive shall really start here, run `seawall init --create`",
-    ))
-}
-
-/// repository.json, then lineage.json; the slot comes after both.
-pub async fn create_lineage(
-    world: &World,
-    options: &ClusterOptions,
-    server: &Server,
-    lineage: Lineage,
-    repository_exists: bool,
-) -> Result<(Archive, LineageFile), Failure> {
-    let now = world.clock.now();
-    if !repository_exists {
-        let id = format!("{:08x}{:08x}", world.random_u32(), world.random_u32());
-        accept_existing(store::create_repository(world.backend.as_ref(), now, &id).await.map(drop))?;
-    }
-    let file = LineageFile {
-        schema: 1,
-        system_id: server.identity.system_id,
-        server_version: server.version.clone(),
-        segment_size: server.segment_size,
-        created: now,
-        start_timeline: server.identity.timeline,
-        start_lsn: Some(server.segment_size.floor(server.identity.flush_lsn)),
-        slot: Some(options.slot.to_string()),
-    };
-    let archive = Archive::new(world.backend.clone(), lineage).with_keys(options.keys.clone());
-    accept_existing(archive.create_lineage(&file).await)?;
-    let file = archive.lineage_file().await?;
-    tracing::info!(lineage = %archive.lineage.directory_name(), start = ?file.start_lsn, "an archive begins");
-    Ok((archive, file))
-}
-
-/// Somebody was faster, or our own success was not answered: what is there counts.
-fn accept_existing(created: Result<(), CatalogError>) -> Result<(), Failure> {
-    match created {
-        Err(CatalogError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
-        other => Ok(other?),
-    }
-}
-
 /// Archives every history file the server has, ancestors first.
 pub async fn archive_histories(archive: &Archive, server: &Server) -> Result<(), Failure> {
     for (timeline, content) in &server.history_files {
@@ -232,58 +109,237 @@ pub async fn archive_histories(archive: &Archive, server: &Server) -> Result<(),
     Ok(())
 }
 
-/// Where this server goes on, from what the archive holds.
-pub async fn plan_start(
-    world: &World,
-    archive: &Archive,
-    file: &LineageFile,
-    server: &Server,
-) -> Result<Frontier, Failure> {
+/// What one repository shows of a timeline, as far back as it was read.
+#[derive(Clone, Debug)]
+pub struct Recent {
+    timelines: BTreeMap<TimelineId, Vec<DirectoryContents>>,
+    ledger: Vec<LedgerFact>,
+    /// Every timeline it has WAL of.
+    known: Vec<TimelineId>,
+}
+
+/// Reads the newest part of a repository: the server's timelines, back to what the slot still holds and to a sealed
+/// segment.
+pub async fn read_recent(archive: &Archive, server: &Server, held_from: Lsn) -> Result<Recent, Failure> {
     let size = server.segment_size;
-    let (_, directories) = archive.wal_listing().await?;
-    let mut timelines: Vec<TimelineId> = directories.iter().map(|directory| directory.timeline).collect();
-    timelines.sort_unstable_by(|a, b| b.cmp(a));
-    timelines.dedup();
-    let mut frontiers: Vec<Frontier> = Vec::new();
-    for timeline in timelines {
-        if !server.history.contains(timeline) {
-            // Only its number matters: whether the archive already follows a later one.
-            frontiers.push(Frontier::empty(timeline, Lsn::ZERO));
-            continue;
-        }
-        let state = archive.frontier(timeline, size).await?;
-        refuse_disputed(archive, &state)?;
-        // The newest with proven bytes; one that has only just begun may have none yet.
-        if let Some(frontier) = frontier_of(&state, size) {
-            frontiers.push(frontier);
+    let ledger = archive.ledger().await?;
+    let expired = Expired::of(&ledger);
+    let (_, mut directories) = archive.wal_listing().await?;
+    let known: BTreeSet<TimelineId> = directories.iter().map(|directory| directory.timeline).collect();
+    directories.retain(|directory| server.history.contains(directory.timeline));
+    let mut timelines: BTreeMap<TimelineId, Vec<DirectoryContents>> = BTreeMap::new();
+    while let Some(directory) = directories.pop() {
+        let mut contents = archive.directory(directory, size).await?;
+        contents.subtract(&expired);
+        let is_sealed = contents.entries.keys().any(|&name| contents.sealed(name).is_some());
+        timelines.entry(directory.timeline).or_default().insert(0, contents);
+        if is_sealed && Lsn(u64::from(directory.high) << 32) <= held_from {
             break;
         }
     }
+    let recent = Recent { timelines, ledger, known: known.into_iter().collect() };
+    recent.refuse_disputed(archive)?;
+    Ok(recent)
+}
+
+impl Recent {
+    fn directories(&self) -> impl Iterator<Item = &DirectoryContents> {
+        self.timelines.values().flatten()
+    }
+
+    /// Two contents for one name are in the archive: nothing can be continued from there.
+    fn refuse_disputed(&self, archive: &Archive) -> Result<(), Failure> {
+        let Some(name) = self.directories().find_map(|directory| directory.disputed.keys().next()) else {
+            return Ok(());
+        };
+        let message = format!("{} holds index entries of different content for {name}", archive.backend.describe());
+        Err(Failure::new(ExitCode::Data, message)
+            .disposition(Disposition::Stop)
+            .hint("two servers archived to one place; continue with `seawall init --new-lineage`"))
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        let of = |(&timeline, directories): (&TimelineId, &Vec<DirectoryContents>)| {
+            continuity::runs(timeline, directories.iter().flat_map(DirectoryContents::pieces).collect())
+        };
+        self.timelines.iter().flat_map(of).collect()
+    }
+
+    /// The sealed segment that ends at `end`.
+    fn sealed_before(&self, timeline: TimelineId, end: Lsn, size: SegmentSize) -> Option<&IndexEntry> {
+        let name = SegmentName::new(timeline, size.segment_before(end), size);
+        let directories = self.timelines.get(&timeline)?;
+        directories.iter().find_map(|directory| directory.sealed(name)).filter(|entry| entry.end_lsn == end)
+    }
+
+    /// Tails of the segment at `start`, contiguous from there.
+    fn tails(&self, timeline: TimelineId, start: Lsn, size: SegmentSize) -> Vec<TailName> {
+        let name = SegmentName::new(timeline, size.segment_of(start), size);
+        let mut tails: Vec<TailName> = Vec::new();
+        let mut reached = start;
+        let Some(directories) = self.timelines.get(&timeline) else { return tails };
+        let chains = directories.iter().filter(|directory| directory.tails.contains_key(&name));
+        for link in chains.flat_map(|directory| directory.tail_chain(name).links) {
+            if link.from != reached {
+                break;
+            }
+            reached = link.to;
+            if !tails.contains(&link.tail) {
+                tails.push(link.tail);
+            }
+        }
+        tails
+    }
+}
+
+/// Where a stream goes on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resumption {
+    /// What is stored of the first segment, in any repository: all of it has to match.
+    pub frontier: Frontier,
+    /// Each repository's own part of it, in the order of the repositories given.
+    pub own: Vec<Frontier>,
+    /// From where each holds everything up to the first segment, as far back as it was read; `None` behind a hole.
+    pub contiguous_from: Vec<Option<Lsn>>,
+    /// The parent's WAL beyond the fork that a failover lost, and the child that left it.
+    pub lost: Option<(TimelineId, TimelineId, Lsn, Lsn)>,
+}
+
+impl Resumption {
+    /// Behind a gap: nothing of what is stored is repeated.
+    pub fn anew(frontier: Frontier, repositories: usize) -> Resumption {
+        let (own, contiguous_from) = (vec![frontier.clone(); repositories], vec![None; repositories]);
+        Resumption { frontier, own, contiguous_from, lost: None }
+    }
+}
+
+/// Where this server goes on, from what the repositories hold together. `held_from` is where the slot holds WAL from:
+/// what is missing above it can still be had, and is gone back for.
+pub fn plan_start(
+    file: &LineageFile,
+    server: &Server,
+    held_from: Lsn,
+    repositories: &[Recent],
+) -> Result<Resumption, Failure> {
+    let size = server.segment_size;
+    refuse_difference(repositories)?;
+    let union = union_end(server, held_from, repositories);
+    let mut frontiers: Vec<Frontier> = Vec::new();
+    // Only the numbers of strangers matter: whether the archive already follows a later timeline.
+    let known = repositories.iter().flat_map(|recent| &recent.known);
+    let strangers = known.filter(|timeline| !server.history.contains(**timeline));
+    frontiers.extend(strangers.map(|&timeline| Frontier::empty(timeline, Lsn::ZERO)));
+    frontiers.extend(union.map(|(timeline, end)| frontier_at(timeline, end, size, repositories)));
     let position = ServerPosition {
         history: server.history.clone(),
         flush_lsn: server.identity.flush_lsn,
         in_recovery: server.in_recovery,
     };
-    match resume::plan(&position, &frontiers)? {
-        Plan::Continue(frontier) => Ok(frontier),
-        Plan::Begin => Ok(begin(file, server)),
+    let mut lost_wal = None;
+    let frontier = match resume::plan(&position, &frontiers)? {
+        Plan::Continue(frontier) => frontier,
+        Plan::Begin => begin(file, server),
         Plan::Branch { child, fork, parent, lost } => {
-            if let Some((from, to)) = lost {
-                record_fork(world, archive, parent, child, from, to).await?;
-            }
-            let (carry, record_end) = state_before(archive, parent, size.floor(fork), size).await?;
-            Ok(resume::child_frontier(child, fork, size, carry, record_end))
+            lost_wal = lost.map(|(from, to)| (parent, child, from, to));
+            let (carry, record_end) = state_before(parent, size.floor(fork), size, repositories);
+            resume::child_frontier(child, fork, size, carry, record_end)
         }
+    };
+    let mut own = Vec::with_capacity(repositories.len());
+    let mut contiguous_from = Vec::with_capacity(repositories.len());
+    let mut frontier = Frontier { tails: Vec::new(), ..frontier };
+    for recent in repositories {
+        let start = frontier.segment_start;
+        let tails = recent.tails(frontier.timeline, start, size);
+        let new: Vec<TailName> = tails.iter().filter(|tail| !frontier.tails.contains(tail)).copied().collect();
+        frontier.tails.extend(new);
+        own.push(Frontier { tails, ..frontier.clone() });
+        let stretches = continuity::stretches(&server.history, &recent.runs(), size);
+        let reaching = stretches.iter().find(|stretch| stretch.from <= start && start <= stretch.to);
+        contiguous_from.push(reaching.map(|stretch| stretch.from));
     }
+    Ok(Resumption { frontier, own, contiguous_from, lost: lost_wal })
 }
 
-/// Two contents for one name are in the archive: nothing can be continued from there.
-fn refuse_disputed(archive: &Archive, state: &TimelineState) -> Result<(), Failure> {
-    let Some(name) = state.disputed.first() else { return Ok(()) };
-    let message = format!("{} holds index entries of different content for {name}", archive.backend.describe());
-    Err(Failure::new(ExitCode::Data, message)
-        .disposition(Disposition::Stop)
-        .hint("two servers archived to one place; continue with `seawall init --new-lineage`"))
+/// The end of what the repositories hold together, on the server's path: of the last stretch, or of an earlier one
+/// where the slot still holds what follows it and nobody has called that a gap.
+fn union_end(server: &Server, held_from: Lsn, repositories: &[Recent]) -> Option<(TimelineId, Lsn)> {
+    let size = server.segment_size;
+    let mut pieces: BTreeMap<TimelineId, Vec<Piece>> = BTreeMap::new();
+    for directory in repositories.iter().flat_map(Recent::directories) {
+        pieces.entry(directory.directory.timeline).or_default().extend(directory.pieces());
+    }
+    let newest = *pieces.iter().rev().find(|(_, pieces)| !pieces.is_empty())?.0;
+    let runs: Vec<Run> = pieces.into_iter().flat_map(|(timeline, pieces)| continuity::runs(timeline, pieces)).collect();
+    // Only up to its newest timeline: what that holds beyond its own end tells that it has ended.
+    let path = server.history.up_to(newest).expect("only the server's timelines were read");
+    let stretches = continuity::stretches(&path, &runs, size);
+    let facts: Vec<&LedgerFact> = repositories.iter().flat_map(|recent| &recent.ledger).collect();
+    let mut last = stretches.len().checked_sub(1)?;
+    while last > 0 && stretches[last].from > held_from {
+        let (from, to) = (stretches[last - 1].to, stretches[last].from);
+        if is_known_gap(&facts, &server.history, from.max(held_from), to) {
+            break;
+        }
+        last -= 1;
+    }
+    // Of the newest timeline in it: a child that has just begun repeats what its parent holds further.
+    let stretch = &stretches[last];
+    let inside = |run: &&Run| run.from <= stretch.to && stretch.from <= run.to && size.floor(stretch.from) <= run.from;
+    let newest_run = runs.iter().filter(inside).max_by_key(|run| (run.timeline, run.to))?;
+    let path_end = path.end_of(newest_run.timeline).unwrap_or(Lsn::MAX);
+    Some((newest_run.timeline, newest_run.to.min(path_end)))
+}
+
+fn is_known_gap(facts: &[&LedgerFact], path: &History, from: Lsn, to: Lsn) -> bool {
+    let mut ranges: Vec<(Lsn, Lsn)> = facts
+        .iter()
+        .filter(|fact| matches!(fact.kind, FactKind::Gap | FactKind::CorruptAtSource))
+        .filter(|fact| fact.timeline.is_some_and(|timeline| path.contains(timeline)))
+        .filter_map(|fact| Some((fact.from_lsn?, fact.to_lsn?)))
+        .collect();
+    ranges.sort();
+    let reached =
+        ranges.into_iter().fold(from, |reached, (from, to)| if from <= reached { reached.max(to) } else { reached });
+    reached >= to
+}
+
+/// Two repositories that hold different contents under one name hold two histories.
+fn refuse_difference(repositories: &[Recent]) -> Result<(), Failure> {
+    let mut known: BTreeMap<SegmentName, Crc32> = BTreeMap::new();
+    for entry in repositories.iter().flat_map(Recent::directories).flat_map(|directory| directory.entries.values()) {
+        let first = *known.entry(entry.segment).or_insert(entry.raw_crc32);
+        if first != entry.raw_crc32 {
+            let message = format!(
+                "the repositories hold different contents of {}: raw CRC-32 {:08x} and {:08x}",
+                entry.segment, first.0, entry.raw_crc32.0
+            );
+            return Err(Failure::new(ExitCode::Data, message)
+                .disposition(Disposition::Stop)
+                .hint("two servers archived to these places; continue with `seawall init --new-lineage`"));
+        }
+    }
+    Ok(())
+}
+
+/// The frontier whose last byte lies before `end`: its segment, the state there, every repository's tails of it.
+fn frontier_at(timeline: TimelineId, end: Lsn, size: SegmentSize, repositories: &[Recent]) -> Frontier {
+    let is_sealed = repositories.iter().any(|recent| recent.sealed_before(timeline, end, size).is_some());
+    let segment_start = if is_sealed { end } else { size.start_of(size.segment_before(end)) };
+    let (carry, record_end) = state_before(timeline, segment_start, size, repositories);
+    let tails = repositories.iter().flat_map(|recent| recent.tails(timeline, segment_start, size)).collect();
+    Frontier { timeline, segment_start, carry, record_end, tails }
+}
+
+/// The scanner's state at `boundary` on `timeline`, as an index entry of the segment before it has it.
+fn state_before(timeline: TimelineId, boundary: Lsn, size: SegmentSize, repositories: &[Recent]) -> (Carry, Lsn) {
+    if boundary == Lsn::ZERO {
+        return (Carry::default(), Lsn::ZERO);
+    }
+    let entry = repositories.iter().find_map(|recent| recent.sealed_before(timeline, boundary, size));
+    entry.map_or((Carry::default(), Lsn::ZERO), |entry| {
+        (entry.summary.carry.clone(), entry.summary.record_end.unwrap_or_default())
+    })
 }
 
 /// The archive's start, where this server can still serve it; else its own current segment.
@@ -331,36 +387,34 @@ pub fn frontier_of(state: &TimelineState, size: SegmentSize) -> Option<Frontier>
     Some(frontier)
 }
 
-/// The scanner's state at `boundary` on `timeline`, as the index entry of the segment before it has it.
-pub async fn state_before(
-    archive: &Archive,
-    timeline: TimelineId,
-    boundary: Lsn,
-    size: SegmentSize,
-) -> Result<(crate::wal::Carry, Lsn), Failure> {
-    let unknown = (crate::wal::Carry::default(), Lsn::ZERO);
-    if boundary == Lsn::ZERO {
-        return Ok(unknown);
-    }
-    let name = SegmentName::new(timeline, size.segment_before(boundary), size);
-    let directory = archive.directory(layout::WalDirectory::of(name), size).await?;
-    Ok(directory
-        .sealed(name)
-        .map_or(unknown, |entry| (entry.summary.carry.clone(), entry.summary.record_end.unwrap_or_default())))
-}
-
-async fn record_fork(
+/// Says in every ledger that a failover lost WAL which the archive holds.
+pub async fn record_fork(
     world: &World,
-    archive: &Archive,
-    parent: TimelineId,
-    child: TimelineId,
-    from: Lsn,
-    to: Lsn,
+    archives: &[Archive],
+    (parent, child, from, to): (TimelineId, TimelineId, Lsn, Lsn),
 ) -> Result<(), Failure> {
     let cause = format!("timeline {child} left timeline {parent} at {from}; the archive holds {parent} up to {to}");
     tracing::warn!(%parent, %child, %from, %to, "a failover lost WAL that the archive holds: it stays under the old timeline");
     let fact = LedgerFact::new(FactKind::Fork, world.clock.now(), cause).about(parent, from, to);
-    record_once(world, archive, fact).await
+    record_everywhere(world, archives, fact).await
+}
+
+/// Appends a fact to every ledger that can be reached, at least one: the others learn of it when they are repaired.
+pub async fn record_everywhere(world: &World, archives: &[Archive], fact: LedgerFact) -> Result<(), Failure> {
+    let mut result = Ok(());
+    let mut recorded = false;
+    for archive in archives {
+        match record_once(world, archive, fact.clone()).await {
+            Ok(()) => recorded = true,
+            Err(failure) => {
+                if archives.len() > 1 {
+                    tracing::warn!(place = archive.backend.describe(), %failure, "a fact could not be written to this ledger");
+                }
+                result = Err(failure);
+            }
+        }
+    }
+    if recorded { Ok(()) } else { result }
 }
 
 /// Appends a fact unless the ledger already has it: restarts must not multiply facts.

@@ -20,12 +20,20 @@ pub trait LoginSource: Send + Sync + fmt::Debug {
     fn wanted(&self) -> TargetSessionAttrs;
 }
 
+/// A place the cluster is archived to, under the name the configuration gives it.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    pub name: String,
+    pub backend: Arc<dyn Backend>,
+}
+
 /// Everything outside: network, store, time, chance, threads.
 #[derive(Clone, Debug)]
 pub struct World {
     pub dialer: Arc<dyn Dial>,
     pub logins: Arc<dyn LoginSource>,
-    pub backend: Arc<dyn Backend>,
+    /// In the order of the configuration; at least one.
+    pub repositories: Vec<Repository>,
     pub clock: Clock,
     pub random: Arc<Mutex<fastrand::Rng>>,
     pub workers: Workers,
@@ -45,6 +53,8 @@ pub struct ClusterOptions {
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
+    /// How many repositories must hold a byte before it is acknowledged.
+    pub required: usize,
     pub acknowledge: Acknowledge,
     /// This cluster's share; `None`: no spool.
     pub spool: Option<SpoolOptions>,

@@ -7,10 +7,14 @@
 
 mod body;
 mod compare;
+mod copy;
 mod encode;
 mod index;
+mod outlet;
 mod push;
 mod queue;
+pub mod reach;
+pub mod repair;
 mod segment;
 mod spooling;
 mod tail;
@@ -24,10 +28,12 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::Instant;
 
 pub use encode::{Encoded, run_encoding};
+pub use outlet::{Finished, Outlet, Outlets};
+pub use reach::Reach;
 pub use spooling::{SpoolHealth, Spooling, SpoolingOptions};
 pub use workers::Workers;
 pub use writer::{ArchiveError, StoreHealth, Writer};
@@ -36,7 +42,7 @@ use crate::catalog::DirectoryContents;
 use crate::catalog::index::IndexEntry;
 use crate::codec::Form;
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Cut, MemoryBudget, Progress, Sealed};
+use crate::receiver::{Cut, MemoryBudget, Sealed};
 use crate::repository::layout::{IndexName, TailName};
 use crate::repository::{Key, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SegmentNumber, SegmentSize, TimelineId};
@@ -50,14 +56,14 @@ use tail::plan_tail;
 pub struct ArchiverOptions {
     pub timeline: TimelineId,
     pub segment_size: SegmentSize,
-    /// This repository's place in the configuration, and in [`Progress`].
-    pub repository: usize,
     /// What frames in memory count against.
     pub memory: MemoryBudget,
 }
 
 /// Segments stored at once: more only helps where a store answers slowly and has the bandwidth for it.
 const PUSHES_MAX: usize = 4;
+/// Pieces between the encoding stage and an archiver, which takes them at once: they count against the budget.
+pub const ENCODED_MAX: usize = 8;
 /// Superfluous objects are deleted when there are this many, or the first has waited this long.
 const CLEANED_AT_ONCE: usize = 64;
 const CLEANING_DELAY: Duration = Duration::from_secs(1);
@@ -70,7 +76,7 @@ pub struct Archiver {
     options: ArchiverOptions,
     writer: Writer,
     workers: Workers,
-    progress: Arc<watch::Sender<Progress>>,
+    reach: Reach,
     queue: Queue,
     /// Segments that are not stored yet.
     segments: BTreeMap<SegmentNumber, Work>,
@@ -141,7 +147,7 @@ impl Archiver {
         options: ArchiverOptions,
         writer: Writer,
         workers: Workers,
-        progress: Arc<watch::Sender<Progress>>,
+        reach: Reach,
         frontier: &Frontier,
     ) -> Archiver {
         let first = options.segment_size.segment_of(frontier.segment_start);
@@ -162,7 +168,7 @@ impl Archiver {
             options,
             writer,
             workers,
-            progress,
+            reach,
         }
     }
 
@@ -302,7 +308,7 @@ impl Archiver {
         self.queue.handle_durable(from, to, record_end);
         let frontier = self.queue.frontier();
         if frontier != before {
-            self.progress.send_modify(|progress| progress.handle_stored(self.options.repository, frontier));
+            self.reach.handle_run(frontier);
         }
     }
 
@@ -372,7 +378,7 @@ impl Archiver {
         let covered = self.tails.get(&number).into_iter().flatten().map(|tail| tail.to).max().unwrap_or(start);
         let is_whole = work.segment.end() == size.end_of(number);
         let fills_memory = work.segment.held_bytes(Lsn::MAX) > self.options.memory.room_bytes();
-        let waits_for_no_tail = self.progress.borrow().proven() <= covered && (is_whole || fills_memory);
+        let waits_for_no_tail = self.reach.proven() <= covered && (is_whole || fills_memory);
         let has_no_tail_any_more = work.segment.at_hand_from() > covered;
         Some(if waits_for_no_tail || has_no_tail_any_more { size.end_of(number) } else { covered })
     }

@@ -22,6 +22,8 @@ pub enum ArchiveError {
     Stopped,
     #[error("writer {ours} is fenced: writer {highest} has taken over this archive")]
     Fenced { ours: Epoch, highest: Epoch },
+    #[error("{location} no longer holds writer {ours}, which this agent is: it was emptied, or restored from a copy")]
+    Replaced { ours: Epoch, location: String },
     #[error("{name} is already in the archive with other content: raw CRC-32 {stored:08x} stored, {ours:08x} received")]
     Conflict { name: SegmentName, stored: u32, ours: u32 },
     #[error(
@@ -54,6 +56,7 @@ impl Advice for ArchiveError {
         match self {
             ArchiveError::Stopped => None,
             ArchiveError::Fenced { .. } => Some("another agent writes to this archive; this one waits and takes over when it ends".into()),
+            ArchiveError::Replaced { .. } => Some("the agent looks at it anew; an emptied repository is taken into use again with `seawall init --create`".into()),
             ArchiveError::Conflict { .. } => Some("do two servers archive to one place, or was one of them cloned? Both contents are kept; to go on with this server, use `seawall init --new-lineage`".into()),
             ArchiveError::Incomparable { .. } => Some("set `identity_file` for this cluster until the segment is indexed: with it the object is read and compared".into()),
             ArchiveError::Store(error) => error.hint(),
@@ -63,7 +66,9 @@ impl Advice for ArchiveError {
 
     fn disposition(&self) -> Disposition {
         match self {
-            ArchiveError::Stopped | ArchiveError::Fenced { .. } => Disposition::Reconnect,
+            ArchiveError::Stopped | ArchiveError::Fenced { .. } | ArchiveError::Replaced { .. } => {
+                Disposition::Reconnect
+            }
             ArchiveError::Conflict { .. } => Disposition::Stop,
             ArchiveError::Incomparable { .. } => Disposition::Operator,
             ArchiveError::Store(error) => error.disposition(),
@@ -73,7 +78,7 @@ impl Advice for ArchiveError {
 
     fn exit_code(&self) -> ExitCode {
         match self {
-            ArchiveError::Stopped => ExitCode::Unavailable,
+            ArchiveError::Stopped | ArchiveError::Replaced { .. } => ExitCode::Unavailable,
             ArchiveError::Fenced { .. } => ExitCode::TryAgain,
             ArchiveError::Conflict { .. } | ArchiveError::Incomparable { .. } => ExitCode::Data,
             ArchiveError::Store(error) => error.exit_code(),
@@ -87,6 +92,7 @@ impl Advice for ArchiveError {
 pub struct StoreHealth(Arc<Mutex<Option<StoreError>>>);
 
 impl StoreHealth {
+    /// What the store refused last, while it does.
     pub fn failure(&self) -> Option<StoreError> {
         self.0.lock().expect("no holder panics").clone()
     }
@@ -127,7 +133,7 @@ impl Writer {
         Writer { archive, epoch, health, stop, checked: Arc::default() }
     }
 
-    /// Fails when a higher epoch was taken. Looks at the store when asked to or when the last look is old.
+    /// Fails when a higher epoch was taken, or ours is gone. Looks at the store when asked to or when the last look is old.
     pub async fn confirm_epoch(&self, now: bool) -> Result<(), ArchiveError> {
         let mut checked = self.checked.lock().await;
         let recent = checked.is_some_and(|at| at.elapsed() < Self::FENCE_CHECK_INTERVAL);
@@ -135,8 +141,16 @@ impl Writer {
             return Ok(());
         }
         let highest = self.retry(|| self.archive.highest_epoch()).await?;
-        if let Some(highest) = highest.filter(|&highest| highest > self.epoch) {
-            return Err(ArchiveError::Fenced { ours: self.epoch, highest });
+        match highest {
+            Some(highest) if highest > self.epoch => {
+                return Err(ArchiveError::Fenced { ours: self.epoch, highest });
+            }
+            Some(highest) if highest == self.epoch => {}
+            // What this agent had stored before went with it.
+            _ => {
+                let location = self.archive.backend.describe();
+                return Err(ArchiveError::Replaced { ours: self.epoch, location });
+            }
         }
         *checked = Some(Instant::now());
         Ok(())

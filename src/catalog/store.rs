@@ -255,6 +255,30 @@ impl Archive {
         fetch_json(self.backend(), &self.lineage.writer(epoch)).await
     }
 
+    /// Takes this epoch, here; false when somebody has it.
+    pub async fn claim_epoch(
+        &self,
+        epoch: Epoch,
+        slot: &str,
+        host: Option<&str>,
+        version: &str,
+        now: Timestamp,
+    ) -> Result<bool, CatalogError> {
+        let file = WriterFile {
+            schema: SCHEMA,
+            epoch,
+            slot: slot.to_string(),
+            created: now,
+            host: host.map(str::to_string),
+            version: version.to_string(),
+        };
+        match put_json_new(self.backend(), &self.lineage.writer(epoch), &file).await {
+            Ok(()) => Ok(true),
+            Err(CatalogError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Takes the next epoch. Whoever is faster gets the number, and this one the number after it.
     pub async fn take_epoch(
         &self,
@@ -266,22 +290,15 @@ impl Archive {
         for _ in 0..EPOCH_ATTEMPTS {
             let highest = self.epochs().await?.last().copied().unwrap_or_default();
             let Some(next) = highest.0.checked_add(1).map(Epoch) else { break };
-            let file = WriterFile {
-                schema: SCHEMA,
-                epoch: next,
-                slot: slot.to_string(),
-                created: now,
-                host: host.map(str::to_string),
-                version: version.to_string(),
-            };
-            match put_json_new(self.backend(), &self.lineage.writer(next), &file).await {
-                Ok(()) => return Ok(next),
-                Err(CatalogError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => continue,
-                Err(error) => return Err(error),
+            if self.claim_epoch(next, slot, host, version, now).await? {
+                return Ok(next);
             }
         }
-        let location = place(self.backend(), &self.lineage.writers());
-        Err(CatalogError::EpochContended { location, attempts: EPOCH_ATTEMPTS })
+        Err(self.epoch_contended(EPOCH_ATTEMPTS))
+    }
+
+    pub fn epoch_contended(&self, attempts: u32) -> CatalogError {
+        CatalogError::EpochContended { location: place(self.backend(), &self.lineage.writers()), attempts }
     }
 
     /// Stores a history file. The same bytes again are success, different ones a conflict.

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::args::{Global, InitArgs};
 use super::repositories::{self, Look};
 use super::{Verdict, output, setup};
+use crate::agent::opening;
 use crate::agent::slot::{self, Found};
 use crate::agent::startup::{self, Server};
 use crate::agent::world::{ClusterOptions, World};
@@ -266,7 +267,7 @@ async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failur
         // Nothing to adopt: the same refusals as without --create.
         (false, _) => {
             let holder = holder_of(&looks, met.server.identity.system_id);
-            startup::open_lineage(&world_of(cluster, holder), &options, &met.server, met.found.presence()).await?
+            opening::open_lineage(&world_of(cluster, holder), &options, &met.server, met.found.presence()).await?
         }
     };
     let mut begun = Vec::new();
@@ -456,7 +457,7 @@ async fn create_in_first(
     let first = &looks[0];
     first.backend.create_root().await?;
     let exists = store::read_repository(first.backend.as_ref()).await?.is_some();
-    startup::create_lineage(&world_of(cluster, first), options, server, lineage, exists).await
+    opening::create_lineage(&world_of(cluster, first), &first.backend, options, server, lineage, exists).await
 }
 
 fn newest_of(system_id: SystemId, had: &[(Lineage, LineageFile)]) -> Option<&(Lineage, LineageFile)> {

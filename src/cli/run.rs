@@ -11,6 +11,7 @@ use super::args::{Global, RunArgs};
 use super::{Verdict, setup};
 use crate::agent::{self, Assignment};
 use crate::archiver::Workers;
+use crate::config::ClusterConfig;
 use crate::error::{ExitCode, Failure};
 use crate::wal::Lsn;
 
@@ -30,7 +31,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     for cluster in &clusters {
         tracing::info!(
             cluster = cluster.name, server = %cluster.postgres, slot = cluster.slot,
-            repository = cluster.repositories[0].url, version = env!("CARGO_PKG_VERSION"), "archiving"
+            repositories = %urls(cluster), version = env!("CARGO_PKG_VERSION"), "archiving"
         );
     }
     setup::block_on_threads(async {
@@ -38,6 +39,10 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
         serve(assignments, args.until).await
     })??;
     Ok(Verdict::Fine)
+}
+
+fn urls(cluster: &ClusterConfig) -> String {
+    cluster.repositories.iter().map(|repository| repository.url.as_str()).collect::<Vec<_>>().join(", ")
 }
 
 async fn serve(assignments: Vec<Assignment>, until: Option<Lsn>) -> Result<(), Failure> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::runtime;
 
 use super::args::Global;
-use crate::agent::world::{ClusterOptions, LoginSource, World};
+use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
 use crate::codec::encrypt::Keys;
 use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
@@ -80,6 +80,10 @@ pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     }
 }
 
+fn repository(config: &RepositoryConfig) -> Repository {
+    Repository { name: config.name.clone(), backend: backend(config) }
+}
+
 pub fn slot_name(cluster: &ClusterConfig) -> Result<SlotName, Failure> {
     SlotName::new(&cluster.slot).map_err(|error| Failure::new(ExitCode::Config, error.to_string()))
 }
@@ -89,7 +93,7 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
     World {
         dialer: Arc::new(NetDialer),
         logins: Arc::new(ConfiguredLogins::new(cluster.postgres.clone())),
-        backend: backend(&cluster.repositories[0]),
+        repositories: cluster.repositories.iter().map(repository).collect(),
         clock: Clock::system(),
         random: Arc::new(Mutex::new(fastrand::Rng::new())),
         workers,
@@ -103,6 +107,7 @@ pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<C
         tail_interval: cluster.tail_interval,
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
+        required: cluster.required,
         acknowledge: cluster.acknowledge,
         spool,
         synchronous: cluster.synchronous,

@@ -262,6 +262,12 @@ impl<'a> Receiver<'a> {
         }
     }
 
+    /// Everything above `lsn` is cut, also what one repository holds already: another may not.
+    pub fn cutting_from(mut self, lsn: Lsn) -> Receiver<'a> {
+        self.cut_to = self.cut_to.min(lsn);
+        self
+    }
+
     pub async fn run(mut self) -> Result<StreamEnd, ReceiveError> {
         let mut progress = self.wiring.progress.subscribe();
         // What came with the grant is in the buffer already: often the first WAL, and before 16 the refusal of a

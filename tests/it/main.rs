@@ -10,6 +10,7 @@ mod s3_conformance;
 mod s3_faults;
 mod s3_server;
 mod servers_start;
+mod several;
 mod simulation;
 mod slots;
 mod spool;

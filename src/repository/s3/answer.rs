@@ -180,7 +180,8 @@ fn by_code(action: Action, code: &str, answer: &Answer<'_>, cause: &str) -> Opti
         "SignatureDoesNotMatch" => new(Credentials, SIGNATURE).renewable(),
         "RequestTimeTooSkewed" => new(Credentials, CLOCK),
         "AuthorizationHeaderMalformed"
-            if answer.region.is_some() || message.contains("region") || message.contains("credential scope") => {
+            if answer.region.is_some() || message.contains("region") || message.contains("credential scope") =>
+        {
             new(Misconfigured, REGION)
         }
         "AuthorizationHeaderMalformed" => new(Credentials, SIGNATURE).renewable(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use seawall::agent::cluster::{ClusterAgent, State, Status};
-use seawall::agent::world::{ClusterOptions, World};
+use seawall::agent::world::{ClusterOptions, Repository, World};
 use seawall::archiver::Workers;
 use seawall::catalog::ledger::{FactKind, LedgerFact};
 use seawall::catalog::store::{self, Archive};
@@ -79,12 +79,17 @@ impl Model {
     }
 
     pub fn agent(&self, slot: &str, store: &FaultyStore) -> Running {
+        self.agent_of(slot, std::slice::from_ref(store), 1)
+    }
+
+    /// An agent that writes to several repositories.
+    pub fn agent_of(&self, slot: &str, stores: &[FaultyStore], required: usize) -> Running {
         let started = self.started;
         let clock = Clock(Arc::new(move || Timestamp::from_second(EPOCH).expect("in range") + started.elapsed()));
         let world = World {
             dialer: Arc::new(self.server.dialer()),
             logins: Arc::new(ModelLogins),
-            backend: Arc::new(store.clone()),
+            repositories: repositories(stores),
             clock,
             random: Arc::new(Mutex::new(fastrand::Rng::with_seed(7))),
             workers: Workers::inline(),
@@ -95,6 +100,7 @@ impl Model {
             tail_interval: Duration::from_secs(1),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: 8 * MIB,
+            required,
             acknowledge: Acknowledge::Repository,
             spool: None,
             synchronous: None,
@@ -115,6 +121,12 @@ impl Model {
         let flush = self.wal.flush_lsn();
         eventually(&format!("{flush} is acknowledged on {slot}"), || self.restart_lsn(slot) == Some(flush)).await;
     }
+}
+
+/// Stores as the repositories of a cluster: a, b, c.
+pub fn repositories(stores: &[FaultyStore]) -> Vec<Repository> {
+    let named = stores.iter().zip(["a", "b", "c"]);
+    named.map(|(store, name)| Repository { name: name.into(), backend: Arc::new(store.clone()) }).collect()
 }
 
 /// An agent at work.
