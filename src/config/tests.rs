@@ -332,14 +332,14 @@ fn example_reads_back_without_the_password() {
 
 #[test]
 fn connection_string_mistakes_tell_where_and_why() {
-    let error = refused(&SIMPLE.replace("host=db1", "password=canary sslmode=verify-full host=db1"));
+    let error = refused(&SIMPLE.replace("host=db1", "password=canary gssencmode=require host=db1"));
     let failure = Failure::from(error);
     assert_eq!(
         failure.message,
         "could not understand clusters.main.postgres (seawall.toml:3): \
-         sslmode=verify-full is not available in this version (asked for in the connection string)"
+         gssencmode=require is not available in this version (asked for in the connection string)"
     );
-    assert!(failure.hint.unwrap().contains("without verifying certificates"));
+    assert!(failure.hint.unwrap().contains("SCRAM"));
     assert_eq!(failure.exit_code, ExitCode::Config);
 }
 

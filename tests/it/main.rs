@@ -13,5 +13,6 @@ mod store_faults;
 mod support;
 mod tidy;
 mod timelines;
+mod tls;
 mod trouble;
 mod writers;

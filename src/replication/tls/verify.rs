@@ -235,7 +235,9 @@ impl Verifier {
     ) -> CertificateFault {
         let subject = certificate.subject();
         match error {
-            webpki::Error::UnknownIssuer => self.no_root(trust, certificate, now),
+            webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
+                self.no_root(trust, certificate, now)
+            }
             webpki::Error::CertRevoked => CertificateFault::Revoked { subject },
             webpki::Error::CrlExpired { .. } | webpki::Error::UnknownRevocationStatus => {
                 let why = match error {
