@@ -1,6 +1,6 @@
 //! Owns: what a connection string says about TLS, channel binding and methods of authentication, as plain values.
 //! Does not own: how it is spelt (`postgres`), TLS itself (`tls`), the handshake (`handshake`).
-//! proto-notes/01-startup.md, "transport" and "authentication".
+//! proto-notes/01-startup.md, "TLS" and "authentication".
 
 use std::fmt;
 use std::path::PathBuf;

@@ -1,5 +1,5 @@
 //! TLS, channel binding and who is let in, on real servers, held against the real libpq: what `psql` does with a
-//! connection string is what Seawall does with it. proto-notes/01-startup.md, "transport".
+//! connection string is what Seawall does with it. proto-notes/01-startup.md, "TLS".
 
 use std::fs;
 use std::io;
