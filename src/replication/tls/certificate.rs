@@ -23,7 +23,7 @@ pub struct Certificate<'a> {
 impl<'a> Certificate<'a> {
     pub fn read(der: &'a [u8]) -> Result<Certificate<'a>, String> {
         match X509Certificate::from_der(der) {
-            Ok((rest, parsed)) if rest.is_empty() => Ok(Certificate { der, parsed }),
+            Ok(([], parsed)) => Ok(Certificate { der, parsed }),
             Ok(_) => Err("bytes follow the certificate".to_string()),
             Err(error) => Err(format!("it is no X.509 certificate ({error})")),
         }
