@@ -16,7 +16,7 @@ use crate::archiver::Workers;
 use crate::config::ClusterConfig;
 use crate::error::Failure;
 use crate::postgres::Purpose;
-use crate::replication::{Address, Connection, Login};
+use crate::replication::{Connection, Login};
 
 /// Times of commits and of gaps are compared by people across machines.
 const CLOCK_SKEW_SECONDS_MAX: f64 = 2.0;
@@ -152,7 +152,7 @@ async fn hosts(world: &World) -> Vec<Check> {
 async fn replication_session(world: &World, login: &Login) -> Result<Check, Failure> {
     let mut connection = Connection::open(world.dialer.as_ref(), login).await?;
     let identity = connection.identify_system().await?;
-    let encrypted = connection.encrypted();
+    let tls = connection.tls().map(|tls| format!(", {} ({})", tls.version, tls.verified));
     let major = connection.server_major();
     connection.close().await;
     let found = format!(
@@ -161,14 +161,9 @@ async fn replication_session(world: &World, login: &Login) -> Result<Check, Fail
         identity.system_id,
         identity.timeline,
         identity.flush_lsn,
-        if encrypted { ", TLS" } else { "" }
+        tls.as_deref().unwrap_or_default()
     );
-    let is_open = match &login.address {
-        Address::Unix { .. } => false,
-        Address::Tcp { host, ip, .. } => {
-            !encrypted && !ip.is_some_and(|ip| ip.is_loopback()) && host != "localhost" && host != "127.0.0.1"
-        }
-    };
+    let is_open = tls.is_none() && login.address.is_remote();
     Ok(match is_open {
         true => {
             Check::warning("replication session", found + ", not encrypted", "use sslmode=require and hostssl lines")

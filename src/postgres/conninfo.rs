@@ -547,8 +547,8 @@ mod tests {
     fn tls_settings_have_libpqs_defaults_and_variables() {
         let security = parse("host=db").security;
         let home = |name: &str| Some(PathBuf::from(format!("/home/tester/.postgresql/{name}")));
-        assert_eq!(security.roots, Roots::File(home("root.crt").unwrap()));
-        assert_eq!((security.certificate, security.key), (home("postgresql.crt"), home("postgresql.key")));
+        assert_eq!(security.roots, Roots::Default(home("root.crt").unwrap()));
+        assert_eq!((security.certificate_default, security.key), (home("postgresql.crt"), home("postgresql.key")));
         assert_eq!((security.crl, security.crl_default), (None, home("root.crl")));
         let variables = [
             ("PGSSLMODE", "verify-ca"),
@@ -572,6 +572,7 @@ mod tests {
         let expected = Security {
             roots: Roots::File("/ca".into()),
             certificate: path("/c"),
+            certificate_default: home("postgresql.crt"),
             key: path("/k"),
             cert_mode: CertMode::Require,
             crl: path("/l"),
@@ -586,7 +587,10 @@ mod tests {
         };
         assert_eq!(found.security, expected);
         let emptied = Conninfo::parse("host=db sslrootcert='' sslcert='' sslnegotiation=''", &environment).unwrap();
-        assert_eq!(emptied.security.certificate, home("postgresql.crt"));
+        assert_eq!(
+            (emptied.security.certificate, emptied.security.roots),
+            (None, Roots::Default(home("root.crt").unwrap()))
+        );
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub(super) fn read(settings: &Settings, environment: &dyn Environment) -> Result
     let roots = match settings.filled("sslrootcert") {
         Some("system") => Roots::System,
         Some(path) => Roots::File(path.into()),
-        None => of_home("root.crt").map_or(Roots::Nowhere, Roots::File),
+        None => of_home("root.crt").map_or(Roots::Nowhere, Roots::Default),
     };
     let direct = choose(settings, "sslnegotiation", "postgres or direct", &[("postgres", false), ("direct", true)])?;
     let direct = direct.unwrap_or(false);
@@ -32,7 +32,8 @@ pub(super) fn read(settings: &Settings, environment: &dyn Environment) -> Result
     let cert_modes = [("disable", CertMode::Disable), ("allow", CertMode::Allow), ("require", CertMode::Require)];
     let security = Security {
         roots,
-        certificate: named("sslcert").or_else(|| of_home("postgresql.crt")),
+        certificate: named("sslcert"),
+        certificate_default: of_home("postgresql.crt"),
         key: named("sslkey").or_else(|| of_home("postgresql.key")),
         cert_mode: choose(settings, "sslcertmode", "disable, allow or require", &cert_modes)?.unwrap_or_default(),
         crl: named("sslcrl"),

@@ -1,6 +1,6 @@
 //! Owns: what a connection string says about TLS, channel binding and methods of authentication, as plain values.
 //! Does not own: how it is spelt (`postgres`), TLS itself (`tls`), the handshake (`handshake`).
-//! proto-notes/01-startup.md, "transport" and "authentication".
+//! proto-notes/01-startup.md, "TLS" and "authentication".
 
 use std::fmt;
 use std::path::PathBuf;
@@ -48,6 +48,8 @@ pub enum Roots {
     /// No file is named and there is no home to look for one.
     #[default]
     Nowhere,
+    /// libpq's own place; a directory we may not look into is as good as none, as in libpq.
+    Default(PathBuf),
     File(PathBuf),
     /// `sslrootcert=system`.
     System,
@@ -82,8 +84,9 @@ pub enum CertMode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Security {
     pub roots: Roots,
-    /// `sslcert`, or where libpq looks for one.
     pub certificate: Option<PathBuf>,
+    /// Where libpq looks for one that is not named.
+    pub certificate_default: Option<PathBuf>,
     pub key: Option<PathBuf>,
     pub cert_mode: CertMode,
     /// Named on purpose: it must be there.
@@ -105,6 +108,7 @@ impl Default for Security {
         Security {
             roots: Roots::Nowhere,
             certificate: None,
+            certificate_default: None,
             key: None,
             cert_mode: CertMode::Allow,
             crl: None,

@@ -1,6 +1,6 @@
 //! Owns: how a transport is opened: TCP with its options, Unix sockets, and whether TLS goes on top, as `sslmode` says.
 //! Does not own: anything said over it; the handshake (`client`), whether a certificate is believed (`verify`).
-//! proto-notes/01-startup.md, "transport".
+//! proto-notes/01-startup.md, "transport" and "TLS".
 
 pub mod certificate;
 mod client;

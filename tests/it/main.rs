@@ -19,5 +19,6 @@ mod support;
 mod synchronous;
 mod tidy;
 mod timelines;
+mod tls;
 mod trouble;
 mod writers;

@@ -23,7 +23,7 @@ pub struct Certificate<'a> {
 impl<'a> Certificate<'a> {
     pub fn read(der: &'a [u8]) -> Result<Certificate<'a>, String> {
         match X509Certificate::from_der(der) {
-            Ok((rest, parsed)) if rest.is_empty() => Ok(Certificate { der, parsed }),
+            Ok(([], parsed)) => Ok(Certificate { der, parsed }),
             Ok(_) => Err("bytes follow the certificate".to_string()),
             Err(error) => Err(format!("it is no X.509 certificate ({error})")),
         }
@@ -181,4 +181,102 @@ fn name(name: &X509Name<'_>) -> String {
 
 fn date(time: ASN1Time) -> String {
     time.to_rfc2822().unwrap_or_else(|_| time.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair};
+
+    use super::*;
+
+    fn made(algorithm: &'static rcgen::SignatureAlgorithm) -> Vec<u8> {
+        let key = KeyPair::generate_for(algorithm).unwrap();
+        let mut params = CertificateParams::new(vec!["db.test".to_string(), "10.0.0.1".to_string()]).unwrap();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "db\u{1b}[31m");
+        params.self_signed(&key).unwrap().der().to_vec()
+    }
+
+    #[test]
+    fn the_signatures_hash_is_the_end_points() {
+        for (algorithm, hash) in [
+            (&rcgen::PKCS_ECDSA_P256_SHA256, Some(&digest::SHA256)),
+            (&rcgen::PKCS_ECDSA_P384_SHA384, Some(&digest::SHA384)),
+            (&rcgen::PKCS_ED25519, None),
+        ] {
+            let der = made(algorithm);
+            let end_point = Certificate::read(&der).unwrap().end_point();
+            match hash {
+                Some(hash) => assert_eq!(end_point.unwrap(), digest::digest(hash, &der).as_ref()),
+                None => assert!(end_point.unwrap_err().contains("1.3.101.112")),
+            }
+        }
+    }
+
+    /// The algorithm's name in the outer field is swapped in place: only it decides.
+    #[test]
+    fn every_algorithm_openssl_signs_with_has_its_hash() {
+        let der = made(&rcgen::PKCS_ECDSA_P256_SHA256);
+        let ecdsa = |last: u8| [0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, last];
+        let at = der.windows(8).rposition(|window| window == ecdsa(2)).unwrap();
+        for (last, hash) in [(1, Some(28)), (2, Some(32)), (3, Some(48)), (4, Some(64)), (9, None)] {
+            let mut changed = der.clone();
+            changed[at..at + 8].copy_from_slice(&ecdsa(last));
+            let end_point = Certificate::read(&changed).unwrap().end_point();
+            assert_eq!(end_point.ok().map(|bytes| bytes.len()), hash, "{last}");
+        }
+        let oid = |text: &str| {
+            let numbers: Vec<u64> = text.split('.').map(|number| number.parse().unwrap()).collect();
+            AlgorithmIdentifier::new(x509_parser::der_parser::oid::Oid::from(&numbers).unwrap(), None)
+        };
+        for (text, bytes) in [
+            ("1.2.840.113549.1.1.4", Some(32)),
+            ("1.2.840.113549.1.1.5", Some(32)),
+            ("1.2.840.113549.1.1.11", Some(32)),
+            ("1.2.840.113549.1.1.12", Some(48)),
+            ("1.2.840.113549.1.1.13", Some(64)),
+            ("1.2.840.113549.1.1.14", Some(28)),
+            ("1.2.840.10045.4.1", Some(32)),
+            ("1.3.101.113", None),
+            ("1.2.3", None),
+        ] {
+            let hash = signature_hash(&oid(text));
+            assert_eq!(hash.map(Algorithm::output_len), bytes, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_are_read_and_made_harmless() {
+        let der = made(&rcgen::PKCS_ECDSA_P256_SHA256);
+        let certificate = Certificate::read(&der).unwrap();
+        let names = certificate.names().unwrap();
+        assert_eq!((names.dns, names.addresses), (vec!["db.test".to_string()], vec![vec![10, 0, 0, 1]]));
+        assert!(!certificate.subject().contains('\u{1b}') && !names.common.unwrap().contains('\u{1b}'));
+        assert!(certificate.is_self_issued() && !certificate.is_version_1() && !certificate.is_authority());
+        assert!(certificate.out_of_date(0).unwrap().contains("not valid before"));
+        assert!(certificate.out_of_date(u64::MAX).unwrap().contains("expired"));
+    }
+
+    proptest::proptest! {
+        /// Whatever a server sends for a certificate: an answer or an error, and no panic.
+        #[test]
+        fn damaged_certificates_are_read_or_refused(
+            changes in proptest::collection::vec((0usize..1000, proptest::num::u8::ANY), 0..8),
+            cut in 0usize..1000,
+        ) {
+            static MADE: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
+            let mut der = MADE.get_or_init(|| made(&rcgen::PKCS_ECDSA_P256_SHA256)).clone();
+            for (at, byte) in changes {
+                let length = der.len();
+                der[at % length] = byte;
+            }
+            if cut < der.len() {
+                der.truncate(cut);
+            }
+            if let Ok(certificate) = Certificate::read(&der) {
+                let _ = (certificate.names(), certificate.end_point(), certificate.signed().is_some());
+                let _ = (certificate.subject(), certificate.issuer(), certificate.out_of_date(1 << 31));
+                let _ = (certificate.is_authority(), certificate.unfit_for_servers(), certificate.constrains_names());
+            }
+        }
+    }
 }

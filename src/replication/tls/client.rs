@@ -117,10 +117,12 @@ fn demand(host: &str, ssl_mode: SslMode, security: &Security) -> Result<Demand, 
     let (source, certificates) = match &security.roots {
         Roots::System => ("the system's store".to_string(), files::system_roots()?),
         Roots::Nowhere => return no_roots(None),
-        Roots::File(path) => match files::roots(path)? {
-            Some(certificates) => (path.display().to_string(), certificates),
-            None => return no_roots(Some(path.clone())),
-        },
+        Roots::File(path) | Roots::Default(path) => {
+            match files::roots(path, security.roots == Roots::Default(path.clone()))? {
+                Some(certificates) => (path.display().to_string(), certificates),
+                None => return no_roots(Some(path.clone())),
+            }
+        }
     };
     let (file, directory) = (security.crl.as_deref(), security.crl_directory.as_deref());
     let default = security.crl_default.as_deref().filter(|_| security.roots != Roots::System);
@@ -171,8 +173,10 @@ impl fmt::Debug for Identity {
 
 impl Identity {
     fn read(security: &Security) -> Result<Identity, TlsFault> {
-        let path = security.certificate.as_deref().filter(|_| security.cert_mode != CertMode::Disable);
-        let found = path.map(|path| files::identity(path, security.key.as_deref())).transpose()?.flatten();
+        let is_default = security.certificate.is_none();
+        let path = security.certificate.as_ref().or(security.certificate_default.as_ref());
+        let path = path.filter(|_| security.cert_mode != CertMode::Disable);
+        let found = path.map(|path| files::identity(path, security.key.as_deref(), is_default)).transpose()?.flatten();
         let key = found.map(|found| certified(found, &aws_lc_rs::default_provider())).transpose()?;
         Ok(Identity { key: key.map(Arc::new), shown: AtomicU8::new(0) })
     }

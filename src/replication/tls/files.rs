@@ -31,8 +31,8 @@ pub struct Identity {
 }
 
 /// `None` when there is no such file.
-pub fn roots(path: &Path) -> Result<Option<Vec<CertificateDer<'static>>>, TlsFault> {
-    let Some(bytes) = read_if_there(ROOTS, path)? else { return Ok(None) };
+pub fn roots(path: &Path, is_default: bool) -> Result<Option<Vec<CertificateDer<'static>>>, TlsFault> {
+    let Some(bytes) = read_if_there(ROOTS, path, is_default)? else { return Ok(None) };
     certificates(ROOTS, path, &bytes).map(Some)
 }
 
@@ -48,8 +48,8 @@ pub fn system_roots() -> Result<Vec<CertificateDer<'static>>, TlsFault> {
 }
 
 /// `None` when there is no certificate, which libpq takes for "send none" wherever it was named.
-pub fn identity(certificate: &Path, key: Option<&Path>) -> Result<Option<Identity>, TlsFault> {
-    let Some(bytes) = read_if_there(CERTIFICATE, certificate)? else { return Ok(None) };
+pub fn identity(certificate: &Path, key: Option<&Path>, is_default: bool) -> Result<Option<Identity>, TlsFault> {
+    let Some(bytes) = read_if_there(CERTIFICATE, certificate, is_default)? else { return Ok(None) };
     let chain = certificates(CERTIFICATE, certificate, &bytes)?;
     let Some(key_path) = key else {
         let hint = "name its key by sslkey=….";
@@ -104,7 +104,7 @@ pub fn revocations(
         }
     }
     if let (None, None, Some(path)) = (file, directory, default)
-        && let Some(bytes) = read_if_there(CRL, path)?
+        && let Some(bytes) = read_if_there(CRL, path, true)?
     {
         lists.extend(revocation_lists(path, &bytes)?);
     }
@@ -132,9 +132,11 @@ fn certificates(what: &'static str, path: &Path, bytes: &[u8]) -> Result<Vec<Cer
     }
 }
 
-fn read_if_there(what: &'static str, path: &Path) -> Result<Option<Vec<u8>>, TlsFault> {
+fn read_if_there(what: &'static str, path: &Path, is_default: bool) -> Result<Option<Vec<u8>>, TlsFault> {
     match fs::metadata(path) {
         Ok(_) => read(what, path).map(Some),
+        // A service started by root may have root's home, which it cannot look into.
+        Err(error) if is_default && error.kind() == io::ErrorKind::PermissionDenied => Ok(None),
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(None),
         Err(error) => Err(unreadable(what, path, &error)),
     }
@@ -196,13 +198,13 @@ mod tests {
     fn files_that_are_not_what_they_should_be_are_named() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("file");
-        assert!(matches!(roots(&path), Ok(None)));
-        assert!(matches!(identity(&path, None), Ok(None)));
-        assert!(roots(directory.path()).is_err());
+        assert!(matches!(roots(&path, false), Ok(None)));
+        assert!(matches!(identity(&path, None, false), Ok(None)));
+        assert!(roots(directory.path(), false).is_err());
         for content in [&b""[..], b"nonsense", b"-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n"] {
             fs::write(&path, content).unwrap();
             fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-            assert!(roots(&path).unwrap_err().to_string().contains(path.to_str().unwrap()));
+            assert!(roots(&path, false).unwrap_err().to_string().contains(path.to_str().unwrap()));
             assert!(private_key(&path).is_err() && revocations(Some(&path), None, None).is_err());
         }
         fs::write(&path, "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n").unwrap();

@@ -1,7 +1,7 @@
 //! Owns: whether a certificate's names are those of the host asked for, by libpq's rules (`fe-secure-common.c`, 15+).
 //! Does not own: reading names out of a certificate (`certificate`), the chain (`verify`).
 
-use std::net::IpAddr;
+use core::net::IpAddr; // values, no IO
 
 /// The names a certificate bears.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -4,7 +4,7 @@
 //! Chains are built by `webpki`, whose rules are stricter than OpenSSL's. Two shapes it does not take at all are common
 //! with PostgreSQL, whose own documentation makes them, and are verified here: a certificate that is itself in the file
 //! of roots, and one of X.509 version 1 issued directly by a root. What OpenSSL refuses and `webpki` would take (an
-//! expired root, an intermediate as the end of the chain) is refused. proto-notes/01-startup.md, "transport".
+//! expired root, an intermediate as the end of the chain) is refused. proto-notes/01-startup.md, "TLS".
 
 use std::sync::{Arc, Mutex};
 
@@ -235,7 +235,9 @@ impl Verifier {
     ) -> CertificateFault {
         let subject = certificate.subject();
         match error {
-            webpki::Error::UnknownIssuer => self.no_root(trust, certificate, now),
+            webpki::Error::UnknownIssuer | webpki::Error::InvalidSignatureForPublicKey => {
+                self.no_root(trust, certificate, now)
+            }
             webpki::Error::CertRevoked => CertificateFault::Revoked { subject },
             webpki::Error::CrlExpired { .. } | webpki::Error::UnknownRevocationStatus => {
                 let why = match error {

@@ -52,6 +52,30 @@ impl Installation {
         directory.join("bin/postgres").exists().then_some(Installation { major, directory })
     }
 
+    /// One whose server speaks TLS: some of the complete ones do not, and have such a one beside them.
+    pub fn with_tls(major: u32) -> Option<Installation> {
+        let plain = Installation::of(major)?;
+        let beside = plain.directory.with_file_name(format!("{major}-tls"));
+        let named = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/servers/{major}-tls"));
+        let candidates = [named, beside].into_iter().filter_map(|path| path.canonicalize().ok());
+        let beside = candidates.map(|directory| Installation { major, directory });
+        beside.chain([plain]).find(|one| one.directory.starts_with("/usr") || one.has_library("libssl"))
+    }
+
+    fn has_library(&self, prefix: &str) -> bool {
+        let entries = fs::read_dir(self.directory.join("lib"));
+        entries.is_ok_and(|mut entries| {
+            entries.any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with(prefix)))
+        })
+    }
+
+    /// Where the newest libpq that speaks TLS lies, for a client that is told so by `LD_LIBRARY_PATH`; `None` for the
+    /// distribution's own.
+    pub fn newest_libpq() -> Option<PathBuf> {
+        let newest = (14..=18).rev().find_map(Installation::with_tls)?;
+        (!newest.directory.starts_with("/usr")).then(|| newest.directory.join("lib"))
+    }
+
     /// The newest one with a tool. Clients talk to all older servers; an older `pg_basebackup` refuses newer ones.
     pub fn newest_with(tool: &str) -> Installation {
         let mut found = available_majors().into_iter().rev().filter_map(Installation::of);
@@ -107,6 +131,7 @@ pub struct Builder {
     major: u32,
     wal_segment_mib: u32,
     has_checksums: bool,
+    has_tls: bool,
     port: Option<u16>,
     settings: Vec<(String, String)>,
     hba: Option<String>,
@@ -131,6 +156,12 @@ impl Builder {
 
     pub fn checksums(mut self) -> Builder {
         self.has_checksums = true;
+        self
+    }
+
+    /// A server that can speak TLS, if it is told to.
+    pub fn tls_capable(mut self) -> Builder {
+        self.has_tls = true;
         self
     }
 
@@ -190,7 +221,8 @@ impl Builder {
 
     /// The directory, ready to be started.
     fn make(self) -> Server {
-        let installation = Installation::of(self.major)
+        let find = if self.has_tls { Installation::with_tls } else { Installation::of };
+        let installation = find(self.major)
             .unwrap_or_else(|| panic!("PostgreSQL {} is not installed: run tests/servers/install", self.major));
         let has_fixed_port = self.port.is_some();
         let port = self.port.unwrap_or_else(free_port);
@@ -241,6 +273,7 @@ impl Server {
             major,
             wal_segment_mib: 16,
             has_checksums: false,
+            has_tls: false,
             port: None,
             settings: Vec::new(),
             hba: None,
