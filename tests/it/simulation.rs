@@ -659,11 +659,14 @@ impl Simulation {
         let archive = self.archive(at).await.expect("there is an archive");
         let flush = self.writers[&self.current].flush_lsn();
         let held = &archive.held[&self.current];
-        // A child's own files begin with the fork's segment; where that lies before the archive's start, they may begin
-        // with the archive too.
+        // A child's own files begin with the fork's segment, even where that lies before the archive's start, or with
+        // the archive where nothing of the parent was stored.
         let begin = match self.current {
             TimelineId(1) => archive.start,
-            _ => self.writers[&self.current].start().max(archive.start),
+            _ => {
+                let fork = self.writers[&self.current].start();
+                if held.end_from(fork) > fork { fork } else { fork.max(archive.start) }
+            }
         };
         assert_eq!(held.end_from(begin), flush, "the current timeline is archived up to its end");
         if self.stores.len() > 1 {
