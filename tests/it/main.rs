@@ -5,6 +5,7 @@ mod crash;
 mod demo;
 mod end_to_end;
 mod hostile;
+mod readers;
 mod readme;
 mod s3_conformance;
 mod s3_server;
