@@ -6,6 +6,7 @@ mod demo;
 mod encryption;
 mod end_to_end;
 mod hostile;
+mod readers;
 mod readme;
 mod s3_conformance;
 mod s3_faults;
