@@ -250,11 +250,7 @@ impl<'a> Drain<'a> {
     }
 
     /// Where the archive ends on this timeline; `None` where the spool's WAL cannot continue it.
-    async fn frontier(
-        &self,
-        timeline: TimelineId,
-        runs: &[RunName],
-    ) -> Result<Option<(History, Frontier)>, Failure> {
+    async fn frontier(&self, timeline: TimelineId, runs: &[RunName]) -> Result<Option<(History, Frontier)>, Failure> {
         let size = self.marker.segment_size;
         let history = match self.archive.history(timeline).await? {
             Some((_, history)) => history,

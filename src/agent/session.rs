@@ -18,9 +18,7 @@ use crate::archiver::{
 use crate::catalog::DirectoryContents;
 use crate::catalog::store::{Archive, CatalogError};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{
-    Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring,
-};
+use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
 use crate::replication::{Address, Connection};
 use crate::repository::layout::{Epoch, WalDirectory};
 use crate::spool::LineageSpool;

@@ -253,8 +253,10 @@ impl Spooling {
     /// Whether the journal's run takes this; begins a run where one can.
     fn admit(&mut self, entry: &Entry) -> bool {
         let size = self.options.segment_size;
-        let begun = |start: Lsn, end: Lsn| {
-            Run::Going { start, end, synced: Stored { record_end: Lsn::ZERO, bytes_end: start } }
+        let begun = |start: Lsn, end: Lsn| Run::Going {
+            start,
+            end,
+            synced: Stored { record_end: Lsn::ZERO, bytes_end: start },
         };
         match (entry, &mut self.run) {
             (Entry::Frame(frame, _), run) => {
@@ -569,7 +571,9 @@ fn append(batch: &mut Batch, entry: &Entry, encoder: &mut Encoder) -> Result<(),
                         Ok(file) if from == partial.start => batch.files.push(file),
                         Ok(_) => {}
                         // Pieces from before a failure: they stay as they are until the frame is whole.
-                        Err(SpoolError::Io { source, .. }) if source.kind() == ErrorKind::AlreadyExists => return Ok(()),
+                        Err(SpoolError::Io { source, .. }) if source.kind() == ErrorKind::AlreadyExists => {
+                            return Ok(());
+                        }
                         Err(error) => return Err(error),
                     }
                 }

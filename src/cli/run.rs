@@ -21,7 +21,10 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     let assignments: Vec<Assignment> = clusters
         .iter()
         .map(|cluster| {
-            Ok(Assignment { world: setup::world(cluster, workers.clone()), options: setup::options(cluster, spool.clone())? })
+            Ok(Assignment {
+                world: setup::world(cluster, workers.clone()),
+                options: setup::options(cluster, spool.clone())?,
+            })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {

@@ -53,7 +53,10 @@ pub fn spool_share(global: &Global) -> Result<Option<SpoolOptions>, Failure> {
     let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
     let config = Config::load(sources)?.config;
     let share = |bytes: u64| bytes / config.clusters.len() as u64;
-    Ok(config.spool.as_ref().map(|spool| SpoolOptions { path: spool.path.clone(), limit_bytes: share(spool.limit_bytes) }))
+    Ok(config
+        .spool
+        .as_ref()
+        .map(|spool| SpoolOptions { path: spool.path.clone(), limit_bytes: share(spool.limit_bytes) }))
 }
 
 /// The one cluster a verb is about.

@@ -47,10 +47,18 @@ impl Advice for SpoolError {
             SpoolError::Locked { .. } => {
                 "two agents cannot share a spool: is another `seawall run` still there? Give each its own `spool.path`"
             }
-            SpoolError::Full { .. } => "WAL stays on the server until the repository takes it again; `spool.limit` is shared by all clusters in equal parts",
-            SpoolError::Foreign { .. } => "was the configuration changed, or a directory copied here? Bring the WAL where it belongs by running the agent with the configuration it was written under, or move the directory away",
-            SpoolError::Marker { .. } => "it was damaged, or written by a newer version: move the directory away if its WAL is not needed",
-            SpoolError::Damaged { .. } => "is the spool's disk in order? The WAL is received again as far as the server still has it",
+            SpoolError::Full { .. } => {
+                "WAL stays on the server until the repository takes it again; `spool.limit` is shared by all clusters in equal parts"
+            }
+            SpoolError::Foreign { .. } => {
+                "was the configuration changed, or a directory copied here? Bring the WAL where it belongs by running the agent with the configuration it was written under, or move the directory away"
+            }
+            SpoolError::Marker { .. } => {
+                "it was damaged, or written by a newer version: move the directory away if its WAL is not needed"
+            }
+            SpoolError::Damaged { .. } => {
+                "is the spool's disk in order? The WAL is received again as far as the server still has it"
+            }
         };
         Some(text.to_string())
     }

@@ -176,9 +176,8 @@ fn names_in(directory: &Directory, path: &Path) -> Result<Vec<(String, bool)>, S
         let entry = entry.map_err(|error| SpoolError::io("list", path)(error.into()))?;
         let Ok(name) = entry.file_name().to_str() else { continue };
         if name != "." && name != ".." {
-            let is_directory = directory
-                .stat_link(name)
-                .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir());
+            let is_directory =
+                directory.stat_link(name).is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir());
             names.push((name.to_string(), is_directory));
         }
     }

@@ -6,8 +6,8 @@ use std::os::unix::fs::FileExt;
 
 use super::names::{Kind, RunName};
 use super::{LineageSpool, SpoolError};
-use crate::codec::decode::{DecodeError, decode_first};
 use crate::codec::FRAME_BYTES;
+use crate::codec::decode::{DecodeError, decode_first};
 use crate::wal::{Lsn, SegmentSize};
 
 /// A frame of incompressible bytes is a little longer than they are.
