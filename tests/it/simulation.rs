@@ -563,6 +563,10 @@ impl Simulation {
             }
             self.start_agent();
         }
+        if self.stores.len() > 1 {
+            // A writer looks whether its repository is still the one it was every 30 s.
+            tokio::time::sleep(Duration::from_secs(31)).await;
+        }
         // Something to acknowledge, so that an agent that resumed at a segment's start can link up.
         let now = self.now();
         self.xid += 1;
