@@ -67,6 +67,8 @@ pub struct ClusterAgent {
     absences: Absences,
     /// What each repository was found to hold without a hole, by its place in the configuration.
     contiguous: BTreeMap<usize, Stored>,
+    /// The timeline on which each was compared with the others last: when one ends, some may hold more of it.
+    compared: BTreeMap<usize, TimelineId>,
     /// Consecutive attempts without a stream.
     failures: u32,
     /// The fault the last stream ended with: the same one again is damage at the source.
@@ -116,6 +118,7 @@ impl ClusterAgent {
             epoch: None,
             absences: Absences::default(),
             contiguous: BTreeMap::new(),
+            compared: BTreeMap::new(),
             failures: 0,
             fault: None,
             last_said: None,
@@ -232,9 +235,11 @@ impl ClusterAgent {
             standby::Turn::Ours { epoch, newcomers } => {
                 if self.epoch.as_ref().is_none_or(|(before, _)| *before != lineage) {
                     self.contiguous.clear();
+                    self.compared.clear();
                 }
                 // One that has lost our epoch may have lost anything.
                 self.contiguous.retain(|index, _| !newcomers.contains(index));
+                self.compared.retain(|index, _| !newcomers.contains(index));
                 self.epoch = Some((lineage.clone(), epoch));
                 epoch
             }
@@ -295,6 +300,7 @@ impl ClusterAgent {
             self.failures = 0;
             self.last_said = None;
         }
+        self.compared.extend(ended.repaired.iter().map(|index| (*index, timeline)));
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
@@ -364,7 +370,9 @@ impl ClusterAgent {
             let reaches =
                 start.contiguous_from[at].is_some_and(|from| known != Stored::default() && from <= known.bytes_end);
             let contiguous = if is_lone || reaches { frontier.stored() } else { known };
-            Member { opened: opened.clone(), frontier, contiguous }
+            let is_compared =
+                !is_lone && (!reaches || self.compared.get(&opened.index) != Some(&start.frontier.timeline));
+            Member { opened: opened.clone(), frontier, contiguous, is_compared }
         };
         opening.present.iter().map(member).collect()
     }
