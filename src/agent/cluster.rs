@@ -23,18 +23,28 @@ use crate::receiver::resume::Frontier;
 use crate::receiver::{ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
-use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, TimelineId};
+use crate::telemetry::metrics;
+use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, SystemId, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
     pub state: State,
+    pub system_id: Option<SystemId>,
     pub timeline: Option<TimelineId>,
     pub watched: Option<Watched>,
     /// Why the last attempt failed, while there is no stream.
     pub failure: Option<Failure>,
     /// What is durable and was acknowledged, over all sessions.
     pub acknowledged: Lsn,
+}
+
+impl Status {
+    /// What was watched stands still: it says nothing about the server any more.
+    fn handle_stream_ended(&mut self) {
+        self.state = State::Connecting;
+        self.watched = None;
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,7 +140,11 @@ impl ClusterAgent {
                 prepared = prepare(&self.world, &self.options, self.removed.take()) => prepared,
             };
             let round = match round {
-                Ok(prepared) => self.stream(prepared).await,
+                Ok(prepared) => {
+                    let round = self.stream(prepared).await;
+                    self.status.send_modify(Status::handle_stream_ended);
+                    round
+                }
                 Err(failure) => Err(failure),
             };
             match round {
@@ -141,6 +155,7 @@ impl ClusterAgent {
                 }
                 Ok(Round::Reconnect) => self.failures = 0,
                 Err(failure) if self.is_final(&failure) => {
+                    metrics::attempt_failed(&self.options.name, failure.exit_code.word());
                     self.status.send_modify(|status| {
                         status.state = State::Stopped;
                         status.failure = Some(failure.clone());
@@ -167,6 +182,7 @@ impl ClusterAgent {
     /// The same reason again is not said again, except every now and then.
     fn say(&mut self, failure: Failure) {
         const REPEAT_EVERY: u32 = 20;
+        metrics::attempt_failed(&self.options.name, failure.exit_code.word());
         let text = failure.to_string();
         if self.last_said.as_ref() != Some(&text) || self.failures.is_multiple_of(REPEAT_EVERY) {
             let hint = failure.hint.as_deref();
@@ -219,12 +235,14 @@ impl ClusterAgent {
         let scan = ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
         let wal_sender_timeout = server.wal_sender_timeout;
         let address = login.address.clone();
-        let server_major = server.major;
+        let (server_major, system_id) = (server.major, server.identity.system_id);
         let assignment = Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, server_major, address };
         let status = &self.status;
+        metrics::stream_began(&self.options.name);
         let watching = |watched: Watched| {
             status.send_modify(|status| {
                 status.state = State::Streaming;
+                status.system_id = Some(system_id);
                 status.timeline = Some(timeline);
                 status.watched = Some(watched);
                 status.failure = None;

@@ -48,6 +48,13 @@ pub struct Watched {
     pub progress: Arc<watch::Sender<Progress>>,
     pub activity: Arc<watch::Sender<Activity>>,
     pub health: StoreHealth,
+    pub memory: MemoryBudget,
+    /// Whether the server's commits wait for this archive.
+    pub synchronous: watch::Receiver<bool>,
+    /// The server the stream comes from.
+    pub address: Address,
+    pub server_major: u32,
+    pub archive: Archive,
 }
 
 /// How a stream ended: the receiver's word, and the archiver's, which decides when both have failed.
@@ -71,13 +78,19 @@ pub async fn run(
     let frontier = &assignment.frontier;
     let stored = vec![frontier.stored()];
     let progress = Progress::new(frontier.segment_start, stored, 1, Acknowledge::Repository, assignment.slot_restart);
+    let memory = MemoryBudget::new(options.memory_bytes);
+    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let watched = Watched {
         progress: Arc::new(watch::Sender::new(progress)),
         activity: Arc::new(watch::Sender::new(Activity::Streaming)),
         health: StoreHealth::default(),
+        memory: memory.clone(),
+        synchronous: synchronous.clone(),
+        address: assignment.address.clone(),
+        server_major: assignment.server_major,
+        archive: archive.clone(),
     };
     watching(watched.clone());
-    let memory = MemoryBudget::new(options.memory_bytes);
     let abort = CancellationToken::new();
     let writer = Writer::new(archive.clone(), assignment.epoch, watched.health.clone(), abort.clone());
     let archiver_options = ArchiverOptions {
@@ -106,7 +119,6 @@ pub async fn run(
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
-    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let looking = synchronous::watch(world.clone(), options.clone(), assignment.address.clone(), is_synchronous);
     let looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let wiring = Wiring {

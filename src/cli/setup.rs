@@ -12,12 +12,13 @@ use tokio::runtime;
 use super::args::Global;
 use crate::agent::world::{ClusterOptions, LoginSource, World};
 use crate::archiver::Workers;
-use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
+use crate::config::{ArchiveConfig, ClusterConfig, Config, HttpConfig, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend};
+use crate::repository::{Backend, LocalBackend, MeteredBackend};
+use crate::telemetry::metrics::StoreMeter;
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -39,11 +40,17 @@ pub fn load(global: &Global) -> Result<Loaded, Failure> {
 
 /// The clusters a verb is about: the one that is named, or all.
 pub fn clusters(global: &Global) -> Result<Vec<ClusterConfig>, Failure> {
-    let loaded = load(global)?;
-    match &global.cluster {
-        Some(name) => Ok(vec![loaded.config.cluster(Some(name))?.clone()]),
-        None => Ok(loaded.config.clusters),
-    }
+    Ok(clusters_and_http(global)?.0)
+}
+
+/// The clusters to serve or to ask about, and where an agent listens.
+pub fn clusters_and_http(global: &Global) -> Result<(Vec<ClusterConfig>, Option<HttpConfig>), Failure> {
+    let config = load(global)?.config;
+    let clusters = match &global.cluster {
+        Some(name) => vec![config.cluster(Some(name))?.clone()],
+        None => config.clusters,
+    };
+    Ok((clusters, config.http))
 }
 
 /// The one cluster a verb is about.
@@ -80,6 +87,12 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
         random: Arc::new(Mutex::new(fastrand::Rng::new())),
         workers,
     }
+}
+
+/// The same world, what is asked of its store counted.
+pub fn metered(world: World, cluster: &ClusterConfig) -> World {
+    let meter = StoreMeter::new(&cluster.name, &cluster.repositories[0].name);
+    World { backend: Arc::new(MeteredBackend::new(world.backend, meter)), ..world }
 }
 
 pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {

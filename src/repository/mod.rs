@@ -8,7 +8,9 @@ mod backend;
 pub mod durable;
 pub mod layout;
 mod local;
+mod metered;
 pub mod s3;
 
 pub use backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
 pub use local::LocalBackend;
+pub use metered::MeteredBackend;

@@ -5,6 +5,8 @@ mod crash;
 mod demo;
 mod end_to_end;
 mod hostile;
+mod many;
+mod monitoring;
 mod readme;
 mod servers_start;
 mod simulation;
