@@ -23,7 +23,7 @@ use crate::receiver::resume::Frontier;
 use crate::receiver::{ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
-use crate::telemetry::metrics;
+use crate::telemetry::meters;
 use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, SystemId, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
@@ -155,7 +155,7 @@ impl ClusterAgent {
                 }
                 Ok(Round::Reconnect) => self.failures = 0,
                 Err(failure) if self.is_final(&failure) => {
-                    metrics::attempt_failed(&self.options.name, failure.exit_code.word());
+                    meters::attempt_failed(&self.options.name, failure.exit_code.word());
                     self.status.send_modify(|status| {
                         status.state = State::Stopped;
                         status.failure = Some(failure.clone());
@@ -182,7 +182,7 @@ impl ClusterAgent {
     /// The same reason again is not said again, except every now and then.
     fn say(&mut self, failure: Failure) {
         const REPEAT_EVERY: u32 = 20;
-        metrics::attempt_failed(&self.options.name, failure.exit_code.word());
+        meters::attempt_failed(&self.options.name, failure.exit_code.word());
         let text = failure.to_string();
         if self.last_said.as_ref() != Some(&text) || self.failures.is_multiple_of(REPEAT_EVERY) {
             let hint = failure.hint.as_deref();
@@ -238,7 +238,7 @@ impl ClusterAgent {
         let (server_major, system_id) = (server.major, server.identity.system_id);
         let assignment = Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, server_major, address };
         let status = &self.status;
-        metrics::stream_began(&self.options.name);
+        meters::stream_began(&self.options.name);
         let watching = |watched: Watched| {
             status.send_modify(|status| {
                 status.state = State::Streaming;

@@ -13,7 +13,7 @@ use crate::catalog::store::{Archive, CatalogError};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::layout::Epoch;
 use crate::repository::{StoreError, StoreErrorKind};
-use crate::telemetry::metrics;
+use crate::telemetry::meters;
 use crate::wal::SegmentName;
 
 /// Why an archiver ended before its input did.
@@ -183,7 +183,7 @@ impl Writer {
 
     /// Waits before the next attempt, unless the writer is stopped.
     pub async fn wait(&self, delays: &mut Delays) -> Result<(), ArchiveError> {
-        metrics::store_retried(&self.archive.lineage.cluster);
+        meters::store_retried(&self.archive.lineage.cluster);
         let delay = delays.0.next().expect("the delays never end");
         tokio::select! {
             biased;

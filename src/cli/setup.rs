@@ -18,7 +18,7 @@ use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
 use crate::repository::{Backend, LocalBackend, MeteredBackend};
-use crate::telemetry::metrics::StoreMeter;
+use crate::telemetry::meters::StoreMeter;
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;

@@ -1,5 +1,5 @@
 //! Owns: the recorder of metrics, and the gauges' values, set from the agent's facts whenever somebody asks.
-//! Does not own: names and meanings (`telemetry/metrics.rs`), what is counted where it happens.
+//! Does not own: names and meanings (`telemetry/meters.rs`), what is counted where it happens.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::health::{ClusterFacts, RepositoryState};
 use super::process::ProcessFacts;
 use super::status::State;
 use crate::error::{ExitCode, Failure};
-use crate::telemetry::metrics as names;
+use crate::telemetry::meters as names;
 use crate::wal::Lsn;
 
 /// What `wal_status` of `pg_replication_slots` may be.

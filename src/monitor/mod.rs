@@ -2,7 +2,7 @@
 //!
 //! Owns: what follows from the agent's facts (`health`), the shape of `status` (`status`), the metrics' values
 //! (`exposition`), the HTTP server (`http`) and the client of its `/status` (`client`).
-//! Does not own: the facts (`agent/observer.rs`), the metrics' names (`telemetry/metrics.rs`).
+//! Does not own: the facts (`agent/observer.rs`), the metrics' names (`telemetry/meters.rs`).
 
 pub mod client;
 pub mod exposition;

@@ -1,5 +1,5 @@
 //! Owns: what the kernel says of this process: memory, CPU time, open files.
-//! Does not own: what they are called (`telemetry/metrics.rs`).
+//! Does not own: what they are called (`telemetry/meters.rs`).
 
 use std::fs;
 

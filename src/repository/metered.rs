@@ -1,5 +1,5 @@
 //! Owns: counting what a store is asked, what it answers and how long it takes, whatever the store is.
-//! Does not own: the metrics (`telemetry/metrics.rs`), the calls themselves.
+//! Does not own: the metrics (`telemetry/meters.rs`), the calls themselves.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
 use super::layout;
-use crate::telemetry::metrics::StoreMeter;
+use crate::telemetry::meters::StoreMeter;
 
 /// A backend whose calls are counted. Every method goes to the one inside, also those with an answer of their own.
 #[derive(Debug)]

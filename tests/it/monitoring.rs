@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
 
-use seawall::telemetry::metrics::{CATALOGUE, Kind};
+use seawall::telemetry::meters::{CATALOGUE, Kind};
 use serde_json::Value;
 
 use crate::support::agent::{self, Agent};
