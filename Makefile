@@ -1,4 +1,5 @@
-# What a fresh machine needs beside this: a Rust toolchain and a C compiler. The PostgreSQL servers install themselves.
+# What a fresh machine needs beside this: a Rust toolchain and a C compiler. The PostgreSQL servers
+# and the S3 stores install themselves.
 
 CARGO ?= cargo
 
@@ -24,5 +25,6 @@ compare: servers ## side by side with pg_receivewal and zstd on a real server (S
 	PIN=1 benches/compare
 	PIN=0 benches/compare
 
-servers: ## PostgreSQL 13 to 18 for the tests, into target/servers
+servers: ## what tests run against: PostgreSQL 13 to 18 into target/servers, an S3 store into target/stores
 	tests/servers/install
+	tests/stores/install

@@ -9,8 +9,9 @@ use jiff::Timestamp;
 use seawall::agent::world::{ClusterOptions, World};
 use seawall::agent::{Assignment, Fleet};
 use seawall::archiver::Workers;
+use seawall::codec::encrypt::Keys;
 use seawall::codec::{Encoder, FRAME_BYTES, LEVEL_DEFAULT};
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::testkit::logins::ModelLogins;
 use seawall::testkit::store::MemoryStore;
@@ -126,7 +127,10 @@ fn options() -> ClusterOptions {
         tail_interval: Duration::from_secs(5),
         shutdown_grace: Duration::from_secs(10),
         memory_bytes: 32 << 20,
+        acknowledge: Acknowledge::Repository,
+        spool: None,
         synchronous: None,
+        keys: Keys::default(),
         host: None,
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::catalog::{Catalog, Expired, FactKind, LedgerFact, Piece, Source};
+use crate::catalog::{Catalog, FactKind, Holdings, LedgerFact, Piece, Source};
 use crate::wal::{History, Lsn, Proof, SegmentSize, TimelineId};
 
 /// Contiguous bytes [from, to) of one timeline, every one of them in an object.
@@ -171,31 +171,73 @@ struct Hole {
     to: Lsn,
 }
 
-/// Every gap of a lineage: holes on the latest path and inside other timelines, and what the ledger remembers.
+/// Every gap of a lineage in one repository.
 pub fn gaps(catalog: &Catalog) -> Vec<Gap> {
-    let size = catalog.segment_size();
-    let runs: Vec<Run> = catalog.timelines.keys().flat_map(|&id| runs(id, catalog.pieces(id))).collect();
-    let expired = Expired::of(&catalog.ledger);
-    let start_timeline = catalog.file.start_timeline;
-    let path = latest_path(&catalog.histories, catalog.timelines.keys().copied(), start_timeline);
+    gaps_of(&Holdings::of(catalog))
+}
+
+/// Every gap: holes on the latest path and inside other timelines, and what the ledger remembers.
+pub fn gaps_of(held: &Holdings) -> Vec<Gap> {
+    let size = held.segment_size;
+    let runs = all_runs(held);
+    let start_timeline = held.start_timeline;
+    let path = latest_path(&held.histories, held.pieces.keys().copied(), start_timeline);
     let mut holes: BTreeSet<Hole> = BTreeSet::new();
     if let Some(path) = &path {
-        let start = catalog.file.start_lsn.filter(|_| path.contains(start_timeline));
+        let start = held.start_lsn.filter(|_| path.contains(start_timeline));
         holes.extend(path_holes(path, &runs, start, size));
     }
     holes.extend(holes_between(&runs).filter_map(|hole| off_path(path.as_ref(), hole)));
-    let expired_parts = |timeline: TimelineId| expired.lsns(timeline, size);
-    let holes = holes.into_iter().flat_map(|hole| subtract(hole, &expired_parts(hole.timeline))).collect();
+    let holes = holes.into_iter().flat_map(|hole| subtract(hole, held.expired(hole.timeline))).collect();
     let stretches = path.as_ref().map_or(Vec::new(), |path| stretches(path, &runs, size));
-    let held = |hole: &Hole| {
+    let is_held = |hole: &Hole| {
         let inside = |from: Lsn, to: Lsn| from <= hole.from && hole.to <= to;
         runs.iter().any(|run| run.timeline == hole.timeline && inside(run.from, run.to))
             || path.as_ref().is_some_and(|path| off_path(Some(path), *hole).is_none())
                 && stretches.iter().any(|part| inside(part.from, part.to))
     };
     // What was expired on purpose is neither a gap nor healed.
-    let forgotten = |hole: &Hole| subtract(*hole, &expired_parts(hole.timeline)).is_empty();
-    with_facts(holes, &catalog.ledger, held, forgotten)
+    let forgotten = |hole: &Hole| subtract(*hole, held.expired(hole.timeline)).is_empty();
+    with_facts(holes, &held.ledger, is_held, forgotten)
+}
+
+/// The runs of every timeline, timelines in order.
+pub fn all_runs(held: &Holdings) -> Vec<Run> {
+    held.pieces.iter().flat_map(|(&timeline, pieces)| runs(timeline, pieces.clone())).collect()
+}
+
+/// WAL [from, to) that one repository does not hold while others do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Lack {
+    pub timeline: TimelineId,
+    pub from: Lsn,
+    pub to: Lsn,
+}
+
+impl Lack {
+    /// Whether the runs have any byte of it.
+    pub fn is_touched_by(&self, runs: &[Run]) -> bool {
+        runs.iter().any(|run| run.timeline == self.timeline && run.from < self.to && self.from < run.to)
+    }
+}
+
+/// What `one` repository lacks of what `all` hold together. What it has expired it does not lack, and being behind at
+/// the end of the newest timeline is no hole.
+pub fn lacks(all: &Holdings, one: &Holdings) -> Vec<Lack> {
+    let own = all_runs(one);
+    let newest = all.pieces.keys().next_back().copied();
+    let mut lacks = Vec::new();
+    for run in all_runs(all) {
+        let hole = Hole { timeline: run.timeline, from: run.from, to: run.to };
+        let of_timeline = own.iter().filter(|own| own.timeline == run.timeline);
+        let held: Vec<(Lsn, Lsn)> = of_timeline.map(|own| (own.from, own.to)).collect();
+        let end = held.iter().map(|(_, to)| *to).max();
+        let missing = subtract(hole, &[&held[..], one.expired(run.timeline)].concat());
+        let is_behind = |hole: &Hole| Some(hole.timeline) == newest && end.is_some_and(|end| hole.from >= end);
+        let kept = missing.into_iter().filter(|hole| !is_behind(hole));
+        lacks.extend(kept.map(|Hole { timeline, from, to }| Lack { timeline, from, to }));
+    }
+    lacks
 }
 
 /// The part of a hole that the path does not take, and so `path_holes` has not judged.
@@ -315,13 +357,21 @@ fn overlap(a: &Hole, b: &Hole) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::Form;
     use crate::repository::layout::{Epoch, TailName};
     use proptest::prelude::*;
 
     const SIZE: SegmentSize = SegmentSize::MIB_16;
 
     fn piece(from: u64, to: u64) -> Piece {
-        let tail = TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32: 0, last_commit: None };
+        let tail = TailName {
+            epoch: Epoch(1),
+            from: Lsn(from),
+            to: Lsn(to),
+            raw_crc32: 0,
+            last_commit: None,
+            form: Form::Plain,
+        };
         Piece { from: Lsn(from), to: Lsn(to), proof: Proof::Proven, last_commit: None, source: Source::Tail(tail) }
     }
 

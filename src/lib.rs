@@ -29,6 +29,7 @@
 //! | | |
 //! | [`replication`] | the replication protocol: start-up, commands, streaming |
 //! | [`repository`] | objects written once, under names that promise their content |
+//! | [`spool`] | WAL on local disk that no repository holds yet |
 //! | | |
 //! | [`catalog`] | what a lineage holds, read from its objects |
 //! | [`continuity`] | runs, paths and gaps (pure) |
@@ -79,6 +80,7 @@ pub mod replication;
 pub mod repository;
 pub mod restore;
 pub mod secret;
+pub mod spool;
 pub mod telemetry;
 pub mod testkit;
 pub mod wal;

@@ -3,11 +3,13 @@
 //! Owns: what follows from each way a session can begin and end; every attempt's reason is said.
 //! Does not own: the steps themselves (`startup.rs`, `slot.rs`, `session.rs`, `standby.rs`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::drain;
 use super::session::{self, Assignment, Watched};
 use super::slot::{self, Found};
 use super::standby;
@@ -20,9 +22,10 @@ use crate::catalog::store::Archive;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::postgres::{Purpose, connect};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{ReceiveError, StreamEnd};
+use crate::receiver::{Acknowledge, ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
+use crate::spool::Spool;
 use crate::telemetry::meters;
 use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, SystemId, TimelineId};
 
@@ -78,6 +81,7 @@ pub struct ClusterAgent {
     doubted: Option<Removed>,
     /// Until it has streamed or waited once, a refusal ends it.
     ends_when_refused: bool,
+    spool: Option<Arc<Spool>>,
 }
 
 /// WAL that was asked for and is gone.
@@ -119,6 +123,7 @@ impl ClusterAgent {
             removed: None,
             doubted: None,
             ends_when_refused: false,
+            spool: None,
         };
         (agent, watching)
     }
@@ -137,7 +142,7 @@ impl ClusterAgent {
                 biased;
                 // Nothing of a stream is under way while connecting: dropping it loses nothing.
                 () = self.stop.clone().cancelled_owned() => return Ok(()),
-                prepared = prepare(&self.world, &self.options, self.removed.take()) => prepared,
+                prepared = self.drain_and_prepare() => prepared,
             };
             let round = match round {
                 Ok(prepared) => {
@@ -168,6 +173,18 @@ impl ClusterAgent {
                 return Ok(());
             }
         }
+    }
+
+    /// What the spool still holds goes into the repository first: it may be what the server no longer has, and the
+    /// stream begins with an empty spool. Needs no server.
+    async fn drain_and_prepare(&mut self) -> Result<Prepared, Failure> {
+        if self.spool.is_none() {
+            self.spool = drain::open(&self.options).await?;
+        }
+        if let Some(spool) = &self.spool {
+            self.epoch = drain::drain(&self.world, &self.options, spool, self.epoch.clone()).await?;
+        }
+        prepare(&self.world, &self.options, self.removed.take()).await
     }
 
     fn is_final(&self, failure: &Failure) -> bool {
@@ -236,7 +253,13 @@ impl ClusterAgent {
         let wal_sender_timeout = server.wal_sender_timeout;
         let address = login.address.clone();
         let (server_major, system_id) = (server.major, server.identity.system_id);
-        let assignment = Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, server_major, address };
+        let spool = match &self.spool {
+            Some(spool) => drain::begin(spool, &self.options, &archive, epoch, &scan, server_major).await?,
+            None => None,
+        };
+        self.say_what_the_spool_lost(&frontier, slot_restart);
+        let assignment =
+            Assignment { frontier, scan, slot_restart, epoch, wal_sender_timeout, server_major, address, spool };
         let status = &self.status;
         meters::stream_began(&self.options.name);
         let watching = |watched: Watched| {
@@ -289,6 +312,19 @@ impl ClusterAgent {
                 Err(error.into())
             }
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// With `acknowledge = "spool"` the slot may stand beyond what repository and spool hold together.
+    fn say_what_the_spool_lost(&self, frontier: &Frontier, slot_restart: Lsn) {
+        let held = frontier.stored().record_end;
+        if self.options.acknowledge == Acknowledge::Spool && slot_restart > held {
+            tracing::error!(
+                cluster = self.options.name, timeline = %frontier.timeline, from = %held, to = %slot_restart,
+                hint = "the spool was lost or damaged; where the server has removed this WAL the archive has a gap and \
+                        needs a new base backup",
+                "the server was told that WAL is durable which neither repository nor spool holds"
+            );
         }
     }
 

@@ -4,6 +4,7 @@
 //! Does not own: signals and configuration (`cli/run.rs`), one cluster's life (`cluster.rs`).
 
 pub mod cluster;
+mod drain;
 pub mod observer;
 mod sentinel;
 pub mod session;

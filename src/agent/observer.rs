@@ -22,7 +22,7 @@ use crate::monitor::health::{
 use crate::monitor::http::Source;
 use crate::monitor::status::State;
 use crate::postgres::sql::{self, SlotRow};
-use crate::receiver::Activity;
+use crate::receiver::{Acknowledge, Activity};
 use crate::wal::{Commit, Lsn};
 
 /// Finer would cost more and show nothing else: an upload begins after seconds.
@@ -120,10 +120,15 @@ impl Observer {
     async fn ask(self, index: usize, turn: Arc<Semaphore>) {
         let cluster = &self.clusters[index];
         let mut wait = SLOT_INTERVAL.mul_f64(cluster.chance() / 6.0);
+        let mut status = cluster.status.clone();
         loop {
+            // Without a stream there is nobody to ask.
+            if status.wait_for(|status| status.watched.is_some()).await.is_err() {
+                return;
+            }
             tokio::time::sleep(wait).await;
             wait = SLOT_INTERVAL.mul_f64(0.9 + cluster.chance() / 5.0);
-            let Some(watched) = cluster.status.borrow().watched.clone() else { continue };
+            let Some(watched) = status.borrow().watched.clone() else { continue };
             cluster.look_at_slot(&watched).await;
             if cluster.may_have_new_gaps(&watched) {
                 let _turn = turn.acquire().await.expect("the semaphore is never closed");
@@ -218,7 +223,7 @@ impl Observed {
             slot: self.slot_facts(kept.slot.as_ref()),
             gaps: kept.gaps.as_ref().map(|gaps| gaps.open),
             failure: status.failure.as_ref().map(Failure::to_string),
-            contract_broken: None,
+            contract_broken: broken_contract(watched),
             accidental_standby: self.options.synchronous.is_none()
                 && watched.is_some_and(|watched| *watched.synchronous.borrow()),
         }
@@ -308,7 +313,17 @@ fn is_busy(status: &Status) -> bool {
     status.failure.as_ref().is_some_and(|failure| failure.exit_code == ExitCode::TryAgain)
 }
 
-/// There is none yet.
-fn spool_facts(_watched: Option<&Watched>) -> Option<SpoolFacts> {
-    None
+/// `None` where there is no spool.
+fn spool_facts(watched: Option<&Watched>) -> Option<SpoolFacts> {
+    let spool = watched?.spool.borrow();
+    (spool.limit_bytes > 0).then(|| SpoolFacts { used_bytes: spool.used_bytes, limit_bytes: spool.limit_bytes })
+}
+
+/// Acknowledged from the spool, that is what the contract says: without it, the repositories decide.
+fn broken_contract(watched: Option<&Watched>) -> Option<String> {
+    let watched = watched?;
+    match watched.progress.borrow().acknowledge() {
+        Acknowledge::Repository => None,
+        Acknowledge::Spool => watched.spool.borrow().failure.clone(),
+    }
 }

@@ -12,15 +12,16 @@ use tokio_util::task::AbortOnDropHandle;
 use super::sentinel::Sentinel;
 use super::synchronous;
 use super::world::{ClusterOptions, World};
-use crate::archiver::{self, ArchiveError, Archiver, ArchiverOptions, StoreHealth, Writer};
+use crate::archiver::{
+    self, ArchiveError, Archiver, ArchiverOptions, Encoded, SpoolHealth, Spooling, SpoolingOptions, StoreHealth, Writer,
+};
 use crate::catalog::DirectoryContents;
 use crate::catalog::store::{Archive, CatalogError};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{
-    Acknowledge, Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring,
-};
+use crate::receiver::{Activity, MemoryBudget, Progress, ReceiveError, Receiver, ReceiverOptions, StreamEnd, Wiring};
 use crate::replication::{Address, Connection};
 use crate::repository::layout::{Epoch, WalDirectory};
+use crate::spool::LineageSpool;
 use crate::wal::{Lsn, ScanOptions, Scanner, SegmentName, SegmentSize};
 
 /// Pieces between receiver and encoder: each may hold a raw frame of 1 MiB. Fewer, and reading stops and starts
@@ -40,6 +41,8 @@ pub struct Assignment {
     pub server_major: u32,
     /// Where the stream comes from.
     pub address: Address,
+    /// Where memory's overflow, or everything, goes on local disk.
+    pub spool: Option<LineageSpool>,
 }
 
 /// What others may watch while a stream is under way.
@@ -55,6 +58,7 @@ pub struct Watched {
     pub address: Address,
     pub server_major: u32,
     pub archive: Archive,
+    pub spool: Arc<watch::Sender<SpoolHealth>>,
 }
 
 /// How a stream ended: the receiver's word, and the archiver's, which decides when both have failed.
@@ -77,7 +81,7 @@ pub async fn run(
 ) -> Ended {
     let frontier = &assignment.frontier;
     let stored = vec![frontier.stored()];
-    let progress = Progress::new(frontier.segment_start, stored, 1, Acknowledge::Repository, assignment.slot_restart);
+    let progress = Progress::new(frontier.segment_start, stored, 1, options.acknowledge, assignment.slot_restart);
     let memory = MemoryBudget::new(options.memory_bytes);
     let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let watched = Watched {
@@ -89,6 +93,7 @@ pub async fn run(
         address: assignment.address.clone(),
         server_major: assignment.server_major,
         archive: archive.clone(),
+        spool: Arc::default(),
     };
     watching(watched.clone());
     let abort = CancellationToken::new();
@@ -108,7 +113,9 @@ pub async fn run(
         Err(error) => tracing::debug!(%error, "nothing is tidied up this time"),
     }
     let mut archiver = AbortOnDropHandle::new(tokio::spawn(archiver.run(encoded_input)));
-    let encoding = archiver::run_encoding(pieces_input, vec![encoded], world.workers.clone(), memory.clone());
+    let (spooling, spooled) = start_spooling(world, options, &assignment, &memory, &watched).unzip();
+    let archivers = [Some(encoded), spooled].into_iter().flatten().collect();
+    let encoding = archiver::run_encoding(pieces_input, archivers, world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
 
     let server_stopping = CancellationToken::new();
@@ -160,7 +167,39 @@ pub async fn run(
     };
     let archived = archived.expect("the archiver does not panic");
     encoding.await.expect("the encoding stage does not panic");
+    if let Some(spooling) = spooling {
+        end_spooling(spooling, options.shutdown_grace).await;
+    }
     Ended { received, archived }
+}
+
+/// The spool's part of a stream, where there is one, and the way to it.
+fn start_spooling(
+    world: &World,
+    options: &ClusterOptions,
+    assignment: &Assignment,
+    memory: &MemoryBudget,
+    watched: &Watched,
+) -> Option<(AbortOnDropHandle<()>, mpsc::Sender<Encoded>)> {
+    let spool = assignment.spool.clone()?;
+    let spooling = SpoolingOptions {
+        timeline: assignment.frontier.timeline,
+        segment_size: assignment.scan.segment_size,
+        memory: memory.clone(),
+        acknowledge: options.acknowledge,
+    };
+    let (progress, health) = (watched.progress.clone(), watched.spool.clone());
+    let spooling = Spooling::new(spooling, spool, world.workers.clone(), progress, health);
+    let (encoded, input) = mpsc::channel(ENCODED_MAX);
+    Some((AbortOnDropHandle::new(tokio::spawn(spooling.run(input))), encoded))
+}
+
+/// Its input has closed. A disk that hangs is not waited for: what it has taken by then is found by the next drain.
+async fn end_spooling(spooling: AbortOnDropHandle<()>, patience: Duration) {
+    match tokio::time::timeout(patience, spooling).await {
+        Ok(ended) => ended.expect("the spooling stage does not panic"),
+        Err(_) => tracing::warn!("the spool's disk has not answered for {patience:?}"),
+    }
 }
 
 /// The directory the last sealed segment lies in.

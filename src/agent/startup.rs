@@ -126,7 +126,8 @@ pub async fn open_lineage(
     let ours = lineages.iter().filter(|(lineage, _)| lineage.system_id == server.identity.system_id);
     if let Some((lineage, file)) = ours.max_by_key(|(lineage, _)| lineage.ordinal) {
         check_same_build(file, server)?;
-        return Ok((Archive::new(world.backend.clone(), lineage.clone()), file.clone()));
+        let archive = Archive::new(world.backend.clone(), lineage.clone()).with_keys(options.keys.clone());
+        return Ok((archive, file.clone()));
     }
     match lineages.iter().max_by_key(|(_, file)| file.created) {
         Some((newest, file)) if major_of(&file.server_version) >= Some(server.major) => {
@@ -208,7 +209,7 @@ pub async fn create_lineage(
         start_lsn: Some(server.segment_size.floor(server.identity.flush_lsn)),
         slot: Some(options.slot.to_string()),
     };
-    let archive = Archive::new(world.backend.clone(), lineage);
+    let archive = Archive::new(world.backend.clone(), lineage).with_keys(options.keys.clone());
     accept_existing(archive.create_lineage(&file).await)?;
     let file = archive.lineage_file().await?;
     tracing::info!(lineage = %archive.lineage.directory_name(), start = ?file.start_lsn, "an archive begins");
@@ -331,7 +332,7 @@ pub fn frontier_of(state: &TimelineState, size: SegmentSize) -> Option<Frontier>
 }
 
 /// The scanner's state at `boundary` on `timeline`, as the index entry of the segment before it has it.
-async fn state_before(
+pub async fn state_before(
     archive: &Archive,
     timeline: TimelineId,
     boundary: Lsn,

@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::archiver::Workers;
+use crate::codec::encrypt::Keys;
 use crate::error::Failure;
 use crate::postgres::{Purpose, TargetSessionAttrs};
-use crate::receiver::Clock;
+use crate::receiver::{Acknowledge, Clock};
 use crate::replication::{Dial, Login, SlotName};
 use crate::repository::Backend;
+use crate::spool::SpoolOptions;
 
 /// Where logins come from: passwords are looked up anew at every attempt.
 pub trait LoginSource: Send + Sync + fmt::Debug {
@@ -43,8 +45,13 @@ pub struct ClusterOptions {
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
+    pub acknowledge: Acknowledge,
+    /// This cluster's share; `None`: no spool.
+    pub spool: Option<SpoolOptions>,
     /// Whether commits on the server wait for this archive; `None`: as the server says.
     pub synchronous: Option<bool>,
+    /// What new objects are encrypted to. Identities are not needed to write.
+    pub keys: Keys,
     /// Recorded in `writers/<epoch>.json`.
     pub host: Option<String>,
 }

@@ -2,7 +2,7 @@
 //! once for all repositories.
 //! Does not own: what the archivers make of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -13,11 +13,11 @@ use tokio::sync::mpsc;
 use super::workers::Workers;
 use crate::codec::EncodedFrame;
 use crate::receiver::{Cut, MemoryBudget, MemoryHold, Piece, RawFrame, Sealed};
-use crate::repository::StoreError;
+use crate::repository::{StoreError, StoreErrorKind};
+use crate::spool::Written;
 use crate::wal::Lsn;
 
-/// A whole frame, encoded: what it is, and where its bytes are. Shared by the archivers of all repositories; its
-/// bytes count against the memory budget as long as anybody holds them there.
+/// A whole frame, encoded: what it is, and where its bytes are. Shared by the archivers of all repositories.
 #[derive(Debug)]
 pub struct HeldFrame {
     pub start: Lsn,
@@ -27,21 +27,42 @@ pub struct HeldFrame {
     pub stored_bytes: u64,
     /// CRC-32 (IEEE) of the encoded bytes.
     pub stored_crc32: u32,
-    bytes: Bytes,
+    memory: MemoryBudget,
+    place: Mutex<Place>,
+}
+
+/// Where a frame's bytes are.
+#[derive(Clone, Debug)]
+enum Place {
+    /// They count against the budget until the last one who loaded them lets go, not only this frame.
+    Memory(Bytes),
+    Spool(Written),
+}
+
+/// Bytes together with what they count for, as one thing that [`Bytes`] can own.
+struct Counted<T> {
+    bytes: T,
     _hold: MemoryHold,
+}
+
+impl<T: AsRef<[u8]>> AsRef<[u8]> for Counted<T> {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
 }
 
 impl HeldFrame {
     pub fn new(start: Lsn, frame: EncodedFrame, memory: &MemoryBudget) -> HeldFrame {
         let stored_bytes = frame.bytes.len() as u64;
+        let counted = Counted { bytes: frame.bytes, _hold: memory.hold(stored_bytes) };
         HeldFrame {
             start,
             raw_bytes: frame.raw_bytes as u64,
             raw_crc32: frame.raw_crc32,
             stored_bytes,
             stored_crc32: frame.stored_crc32,
-            bytes: frame.bytes,
-            _hold: memory.hold(stored_bytes),
+            memory: memory.clone(),
+            place: Mutex::new(Place::Memory(Bytes::from_owner(counted))),
         }
     }
 
@@ -49,9 +70,35 @@ impl HeldFrame {
         self.start + self.raw_bytes
     }
 
-    /// The encoded bytes.
+    /// The bytes, where they are still in memory.
+    pub fn in_memory(&self) -> Option<Bytes> {
+        match &*self.place.lock().expect("no holder of a frame's place panics") {
+            Place::Memory(bytes) => Some(bytes.clone()),
+            Place::Spool(_) => None,
+        }
+    }
+
+    /// Lets go of the bytes in memory: `written` has them.
+    pub fn leave_memory(&self, written: Written) {
+        *self.place.lock().expect("no holder of a frame's place panics") = Place::Spool(written);
+    }
+
+    /// The encoded bytes, read back where they left memory: then they count against the budget once more.
     pub async fn load(&self) -> Result<Bytes, StoreError> {
-        Ok(self.bytes.clone())
+        let place = self.place.lock().expect("no holder of a frame's place panics").clone();
+        let written = match place {
+            Place::Memory(bytes) => return Ok(bytes),
+            Place::Spool(written) => written,
+        };
+        let hold = self.memory.hold(self.stored_bytes);
+        let (start, length, crc32) = (self.start, self.stored_bytes, self.stored_crc32);
+        let reading = move || written.file.read(start, written.offset, length, crc32);
+        match tokio::task::spawn_blocking(reading).await.expect("reading the spool does not panic") {
+            Ok(bytes) => Ok(Bytes::from_owner(Counted { bytes, _hold: hold })),
+            Err(error) => {
+                Err(StoreError::new(StoreErrorKind::SourceLost, "read back", "from the spool", error.to_string()))
+            }
+        }
     }
 }
 

@@ -5,11 +5,14 @@
 //! Does not own: proof (`receiver`), the bytes' encoding (`codec`), what is acknowledged (`receiver/progress.rs`).
 //! Rests on `proto-notes/07-repository-format.md`, "order of writes".
 
+mod body;
+mod compare;
 mod encode;
 mod index;
 mod push;
 mod queue;
 mod segment;
+mod spooling;
 mod tail;
 mod workers;
 mod writer;
@@ -25,17 +28,20 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::Instant;
 
 pub use encode::{Encoded, run_encoding};
+pub use spooling::{SpoolHealth, Spooling, SpoolingOptions};
 pub use workers::Workers;
 pub use writer::{ArchiveError, StoreHealth, Writer};
 
 use crate::catalog::DirectoryContents;
 use crate::catalog::index::IndexEntry;
+use crate::codec::Form;
 use crate::receiver::resume::Frontier;
 use crate::receiver::{Cut, MemoryBudget, Progress, Sealed};
 use crate::repository::layout::{IndexName, TailName};
 use crate::repository::{Key, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SegmentNumber, SegmentSize, TimelineId};
 use index::IndexGroups;
+use push::Making;
 use queue::Queue;
 use segment::{Segment, Slot};
 use tail::plan_tail;
@@ -72,6 +78,8 @@ pub struct Archiver {
     tails: BTreeMap<SegmentNumber, Vec<TailName>>,
     /// The newest cut that is not stored yet.
     cut: Option<Arc<Cut>>,
+    /// What announced the content of stored segments that are not indexed yet.
+    markers: BTreeMap<SegmentNumber, Key>,
     /// Entries of stored segments, waiting for their turn in the index.
     entries: BTreeMap<SegmentNumber, IndexEntry>,
     next_to_index: SegmentNumber,
@@ -97,6 +105,8 @@ struct Running {
     tail: bool,
     index: bool,
     moving: Option<SegmentNumber>,
+    /// The last segment whose bytes were said to wait for the whole of it.
+    waiting: Option<SegmentNumber>,
     compaction: bool,
     cleaning: bool,
 }
@@ -119,7 +129,7 @@ enum State {
 enum Done {
     Tail { number: SegmentNumber, tail: TailName, absorbed: Vec<TailName> },
     TailSuperseded,
-    Pushed { number: SegmentNumber, entry: Box<IndexEntry> },
+    Pushed { number: SegmentNumber, entry: Box<IndexEntry>, marker: Option<Key> },
     Indexed { name: IndexName, entries: Vec<IndexEntry> },
     Moved { number: SegmentNumber, slots: Vec<Slot> },
     Compacted { merged: IndexName },
@@ -143,6 +153,7 @@ impl Archiver {
             cut: None,
             superfluous: Vec::new(),
             clean_at: None,
+            markers: BTreeMap::new(),
             entries: BTreeMap::new(),
             next_to_index: first,
             groups: IndexGroups::default(),
@@ -168,6 +179,12 @@ impl Archiver {
             let agreeing = tails.iter().map(|tail| tail.name).filter(|tail| !refused.contains(tail));
             let lineage = &self.writer.archive.lineage;
             self.superfluous.extend(agreeing.map(|tail| lineage.tail(name, &tail)));
+        }
+        for (&name, markers) in &contents.raw_markers {
+            if contents.sealed(name).is_some() {
+                let lineage = &self.writer.archive.lineage;
+                self.superfluous.extend(markers.iter().map(|&raw_crc32| lineage.raw_marker(name, raw_crc32)));
+            }
         }
     }
 
@@ -206,8 +223,19 @@ impl Archiver {
     }
 
     fn work(&mut self, number: SegmentNumber) -> &mut Work {
-        let start = self.options.segment_size.start_of(number);
-        self.segments.entry(number).or_insert_with(|| Work { segment: Segment::new(start), state: State::Open })
+        let (start, reads_back) = (self.options.segment_size.start_of(number), self.reads_back());
+        let new = || Work { segment: Segment::new(start, reads_back), state: State::Open };
+        self.segments.entry(number).or_insert_with(new)
+    }
+
+    /// Whether frames that moved into an upload can still be made a tail of. An identity might decrypt them, but is not
+    /// the writer's to use.
+    fn reads_back(&self) -> bool {
+        self.writer.archive.form() == Form::Plain && self.writer.archive.backend.reads_back()
+    }
+
+    fn making(&self) -> Making {
+        Making { workers: self.workers.clone(), memory: self.options.memory.clone() }
     }
 
     fn handle_done(&mut self, done: Done) {
@@ -217,9 +245,10 @@ impl Archiver {
                 self.handle_tail(number, tail, &absorbed);
             }
             Done::TailSuperseded => self.running.tail = false,
-            Done::Pushed { number, entry } => {
+            Done::Pushed { number, entry, marker } => {
                 self.running.pushes -= 1;
                 self.segments.remove(&number);
+                self.markers.extend(marker.map(|marker| (number, marker)));
                 self.entries.insert(number, *entry);
             }
             Done::Indexed { name, entries } => {
@@ -230,6 +259,7 @@ impl Archiver {
                     let number = entry.segment.number(self.options.segment_size).expect("named from a number");
                     let tails = self.tails.remove(&number).unwrap_or_default();
                     self.give_up_tails(number, &tails);
+                    self.superfluous.extend(self.markers.remove(&number));
                 }
                 self.groups.add(name, entries);
             }
@@ -295,34 +325,56 @@ impl Archiver {
     /// budget, or, when half of it is used, of the one that holds most. A record can span many segments, none
     /// of which can be stored before it is proven: without this they would fill the budget and wait for ever.
     fn start_moving(&mut self) {
-        let memory = &self.options.memory;
-        let limit = memory.limit_bytes() / 4;
-        let pressed = memory.held_bytes() >= memory.limit_bytes() / 2;
-        let movable = self.segments.iter().filter(|(_, work)| !matches!(work.state, State::Pushing));
-        let largest = movable.max_by_key(|(_, work)| work.segment.held_bytes());
-        let due = largest.filter(|(_, work)| {
-            let held = work.segment.held_bytes();
-            held > limit || (pressed && held > 0 && matches!(work.state, State::Open))
-        });
-        let Some(number) = due.map(|(&number, _)| number) else { return };
         if self.running.moving.is_some() {
             return;
         }
-        let key = self.writer.archive.lineage.segment(self.name_of(number));
+        let memory = &self.options.memory;
+        let limit = memory.limit_bytes() / 4;
+        let pressed = memory.held_bytes() >= memory.limit_bytes() / 2;
+        let movable = self.segments.iter().filter_map(|(&number, work)| {
+            let end = self.movable_end(number, work)?;
+            let held = work.segment.held_bytes(end);
+            let is_due = work.segment.held_bytes(Lsn::MAX) > limit || (pressed && matches!(work.state, State::Open));
+            (held > 0 && is_due).then_some((held, number, end))
+        });
+        let Some((_, number, end)) = movable.max_by_key(|&(held, ..)| held) else { return };
+        let key = self.writer.archive.lineage.segment(self.name_of(number), self.writer.archive.form());
         let segment = &mut self.segments.get_mut(&number).expect("found above").segment;
         let upload = segment.upload.get_or_insert_with(|| Arc::new(Mutex::new(None))).clone();
-        let segment = segment.clone();
-        let writer = self.writer.clone();
+        let segment = segment.below(end);
+        let (writer, workers) = (self.writer.clone(), self.workers.clone());
         self.running.moving = Some(number);
         self.jobs.push(Box::pin(async move {
-            if upload.lock().await.is_none() {
-                writer.confirm_epoch(false).await?;
-                let begun = writer.retry(|| writer.archive.backend.begin_upload(&key)).await?;
-                *upload.lock().await = Some(begun);
-            }
-            push::append_to_upload(&writer, &upload, &segment.held_frames(), segment.start).await?;
-            Ok(Done::Moved { number, slots: segment.moved() })
+            push::begin_upload(&writer, &upload, &key).await?;
+            let (slots, start) = (segment.moved(), segment.start);
+            push::append_to_upload(&writer, &workers, &upload, segment.into_held(), start).await?;
+            Ok(Done::Moved { number, slots })
         }));
+    }
+
+    /// Up to where the frames of a segment may leave memory; `None`: not at all.
+    ///
+    /// Where they can be read back, all may. Where they cannot, none may go whose bytes are going to be a tail: those
+    /// below the stored tails' end are one already, and those of a whole segment above the last record that ends in it
+    /// never are. What then is left in memory are proven bytes, which wait for a tail that is on its way (the receiver
+    /// cuts one as soon as it pauses), and of an unfinished segment the beginning of a record. Where that alone would
+    /// fill the budget, because segments are larger than it, it goes too: then only the whole segment can make what
+    /// follows durable.
+    fn movable_end(&self, number: SegmentNumber, work: &Work) -> Option<Lsn> {
+        let size = self.options.segment_size;
+        if matches!(work.state, State::Pushing) {
+            return None;
+        }
+        if self.reads_back() || matches!(work.state, State::Sealed(_)) {
+            return Some(size.end_of(number));
+        }
+        let start = size.start_of(number);
+        let covered = self.tails.get(&number).into_iter().flatten().map(|tail| tail.to).max().unwrap_or(start);
+        let is_whole = work.segment.end() == size.end_of(number);
+        let fills_memory = work.segment.held_bytes(Lsn::MAX) > self.options.memory.room_bytes();
+        let waits_for_no_tail = self.progress.borrow().proven() <= covered && (is_whole || fills_memory);
+        let has_no_tail_any_more = work.segment.at_hand_from() > covered;
+        Some(if waits_for_no_tail || has_no_tail_any_more { size.end_of(number) } else { covered })
     }
 
     /// Starts to store the lowest sealed segment that is not being stored.
@@ -334,12 +386,15 @@ impl Archiver {
         });
         let Some((number, sealed, work)) = ready else { return false };
         work.state = State::Pushing;
-        let segment = work.segment.clone();
+        // Taken out: its frames leave memory while they are stored.
+        let empty = Segment::new(work.segment.start, work.segment.reads_back);
+        let segment = std::mem::replace(&mut work.segment, empty);
+        let making = self.making();
         let (writer, name, size) = (self.writer.clone(), self.name_of(number), self.options.segment_size);
         self.running.pushes += 1;
         self.jobs.push(Box::pin(async move {
-            let entry = push::push_segment(&writer, name, size, segment, &sealed).await?;
-            Ok(Done::Pushed { number, entry: Box::new(entry) })
+            let pushed = push::push_segment(&writer, &making, name, size, segment, &sealed).await?;
+            Ok(Done::Pushed { number, entry: Box::new(pushed.entry), marker: pushed.marker })
         }));
         true
     }
@@ -389,22 +444,42 @@ impl Archiver {
             Some(_) => return,
             None if self.is_past(number) => return,
             // The whole segment so far fits in the cut's own frame.
-            None => Segment::new(size.start_of(number)),
+            None => Segment::new(size.start_of(number), self.reads_back()),
         };
         let stored = self.tails.get(&number).map_or(&[][..], Vec::as_slice);
-        let Some(plan) = plan_tail(stored, segment.start, cut.to, cut.is_final) else { return };
+        let at_hand_from = segment.at_hand_from();
+        let Some(plan) = plan_tail(stored, segment.start, at_hand_from, cut.to, cut.is_final) else {
+            self.say_if_it_has_to_wait(number, cut.to, at_hand_from);
+            return;
+        };
         let first_of_segment = stored.is_empty();
-        let (writer, workers, name) = (self.writer.clone(), self.workers.clone(), self.name_of(number));
+        let (writer, making, name) = (self.writer.clone(), self.making(), self.name_of(number));
         self.running.tail = true;
         self.jobs.push(Box::pin(async move {
             let absorbed = plan.absorbed.clone();
-            match push::push_tail(&writer, name, segment, plan, cut, &workers, first_of_segment).await {
+            match push::push_tail(&writer, &making, name, segment, plan, cut, first_of_segment).await {
                 Ok(tail) => Ok(Done::Tail { number, tail, absorbed }),
                 // The segment was sealed and its upload completed under our hands.
                 Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::NotFound) => Ok(Done::TailSuperseded),
                 Err(error) => Err(error),
             }
         }));
+    }
+
+    /// A cut that cannot become a tail is worth a word, once for each segment.
+    fn say_if_it_has_to_wait(&mut self, number: SegmentNumber, to: Lsn, at_hand_from: Lsn) {
+        let start = self.options.segment_size.start_of(number);
+        let covered = self.tails.get(&number).into_iter().flatten().map(|tail| tail.to).max().unwrap_or(start);
+        if to > covered && at_hand_from > covered && self.running.waiting != Some(number) {
+            self.running.waiting = Some(number);
+            tracing::warn!(
+                from = %covered,
+                %to,
+                segment = %self.name_of(number),
+                hint = "set `memory` to twice the size of a segment, or configure a spool",
+                "WAL waits for its whole segment to become durable: a record did not fit into memory"
+            );
+        }
     }
 
     /// Whether this segment was sealed, stored and let go.

@@ -1,47 +1,69 @@
-//! The life of one sealed segment, top to bottom: store it under its name, or find that it is there already;
-//! say what is there; keep both contents when they differ. And of one tail.
+//! The life of one sealed segment, top to bottom: see that its name is free, store it, or find what is there; say what
+//! is there; keep both contents when they differ. And of one tail.
 //!
-//! Owns: how an object gets its name. Does not own: the order of segments, the index (`mod.rs`).
+//! Owns: how an object gets its name. Does not own: the order of segments, the index (`mod.rs`), what tells two
+//! contents apart (`compare.rs`).
 //! Rests on `proto-notes/07-repository-format.md` and `08-durability.md`.
 
+use std::future::Future;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::encode::HeldFrame;
-use super::segment::{Segment, SharedUpload, upload_gone};
+use super::body::{Body, Piece, Wrapping};
+use super::compare::{self, Finding, Ours};
+use super::segment::{OpenUpload, Segment, SharedUpload, upload_gone};
+use super::tail::TailPlan;
 use super::workers::Workers;
 use super::writer::{ArchiveError, Delays, Writer, is_answer};
 use crate::catalog::index::{Crc32, IndexEntry};
 use crate::catalog::store::StoredObject;
-use crate::receiver::{Cut, Sealed};
+use crate::codec::Form;
+use crate::receiver::{Cut, MemoryBudget, Sealed};
 use crate::repository::layout::TailName;
-use crate::repository::{StoreError, StoreErrorKind};
+use crate::repository::{Key, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SegmentSize};
 
-use super::tail::TailPlan;
+/// What objects are made with.
+#[derive(Clone, Debug)]
+pub struct Making {
+    pub workers: Workers,
+    pub memory: MemoryBudget,
+}
 
-/// Stores a whole, proven segment and returns its index entry, which describes the object that is there.
+/// A stored segment.
+#[derive(Debug)]
+pub struct Pushed {
+    /// Describes the object that is there.
+    pub entry: IndexEntry,
+    /// Superfluous once the entry is in the index.
+    pub marker: Option<Key>,
+}
+
+/// Stores a whole, proven segment.
 pub async fn push_segment(
     writer: &Writer,
+    making: &Making,
     name: SegmentName,
     size: SegmentSize,
     segment: Segment,
     sealed: &Sealed,
-) -> Result<IndexEntry, ArchiveError> {
+) -> Result<Pushed, ArchiveError> {
     writer.confirm_epoch(false).await?;
     let raw_crc32 = segment.raw_crc32();
-    let stored = match store_segment(writer, name, &segment).await {
-        Ok(()) => {
-            StoredObject { stored_bytes: segment.stored_bytes(), stored_crc32: segment.stored_crc32(), raw_crc32 }
-        }
-        // Our own success whose answer was lost, an earlier run's, or a stranger's: the content decides.
-        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
-            compare_with_stored(writer, name, size, &segment, raw_crc32).await?
-        }
-        Err(error) => return Err(error),
+    // Under either name: encryption may have been switched on or off since an earlier writer was here. And better known
+    // before the bytes are spent on it.
+    let taken = writer.retry(|| writer.archive.segment_objects(name)).await?;
+    let (stored, marker) = if taken.is_empty() {
+        store_segment(writer, making, name, size, segment, raw_crc32).await?
+    } else {
+        let ours = Ours { raw_crc32, stored: None };
+        let stored = settle(writer, name, size, &ours, copy_of(writer, making, &segment)).await?;
+        give_up_upload(&segment).await;
+        // An earlier run's; where it left none there is nothing to drop.
+        (stored, Some(writer.archive.lineage.raw_marker(name, raw_crc32)))
     };
-    Ok(IndexEntry {
+    let entry = IndexEntry {
         segment: name,
         start_lsn: size.start_of(sealed.number),
         end_lsn: size.end_of(sealed.number),
@@ -50,128 +72,254 @@ pub async fn push_segment(
         stored_bytes: stored.stored_bytes,
         stored_crc32: Crc32(stored.stored_crc32),
         summary: sealed.summary.clone(),
-    })
+    };
+    Ok(Pushed { entry, marker })
 }
 
-async fn store_segment(writer: &Writer, name: SegmentName, segment: &Segment) -> Result<(), ArchiveError> {
-    let key = writer.archive.lineage.segment(name);
-    let held = segment.held_frames();
-    let Some(upload) = &segment.upload else {
-        let mut body: Vec<Bytes> = Vec::with_capacity(held.len());
-        for frame in &held {
-            body.push(writer.call_once(frame.load()).await?);
-        }
-        return writer.retry(|| writer.archive.backend.put_new(&key, &body)).await;
-    };
-    // A name that is taken is better known before the upload is spent on it: a conflict is kept from it.
-    if writer.retry(|| writer.archive.backend.stat(&key)).await?.is_some() {
-        return Err(ArchiveError::Store(already_exists(&key.to_string())));
+/// Says what an encrypted object is going to hold where the object itself cannot: before it is there, so that nobody
+/// ever finds it without.
+async fn announce(writer: &Writer, name: SegmentName, raw_crc32: u32) -> Result<Option<Key>, ArchiveError> {
+    if writer.archive.form() == Form::Plain {
+        return Ok(None);
     }
-    append_to_upload(writer, upload, &held, segment.start).await?;
-    let mut upload = upload.lock().await;
-    let open = upload.as_mut().ok_or_else(|| upload_gone(segment.start))?;
+    let marker = writer.archive.lineage.raw_marker(name, raw_crc32);
+    match writer.retry(|| writer.archive.backend.put_new(&marker, &[])).await {
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(Some(marker)),
+        put => put.map(|()| Some(marker)),
+    }
+}
+
+/// What was stored, and the marker that is superfluous once it is indexed.
+type Stored = (StoredObject, Option<Key>);
+
+async fn store_segment(
+    writer: &Writer,
+    making: &Making,
+    name: SegmentName,
+    size: SegmentSize,
+    segment: Segment,
+    raw_crc32: u32,
+) -> Result<Stored, ArchiveError> {
+    if segment.upload.is_none()
+        && let Some(stored) = store_from_memory(writer, making, name, size, &segment, raw_crc32).await?
+    {
+        return Ok(stored);
+    }
+    let upload = segment.upload.clone().unwrap_or_default();
+    let key = writer.archive.lineage.segment(name, writer.archive.form());
+    let marker = announce(writer, name, raw_crc32).await?;
+    begin_upload(writer, &upload, &key).await?;
+    let (completed, (stored_bytes, stored_crc32)) = complete_upload(writer, making, &upload, &segment).await?;
+    let ours = StoredObject { stored_bytes, stored_crc32, raw_crc32: Some(raw_crc32) };
+    let stored = match completed {
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
+            let compared = Ours { raw_crc32, stored: Some(ours) };
+            settle(writer, name, size, &compared, copy_of(writer, making, &segment)).await?
+        }
+        completed => completed.map(|()| ours)?,
+    };
+    Ok((stored, marker))
+}
+
+/// Stores a segment in one go, as long as all of it is in memory (`None`: it is not). While the store does not answer
+/// nothing is held between two attempts, so that frames can leave for the spool; once one has, the segment is stored
+/// piece by piece: read back whole, a backlog's segments would be the memory the spool was to save.
+async fn store_from_memory(
+    writer: &Writer,
+    making: &Making,
+    name: SegmentName,
+    size: SegmentSize,
+    segment: &Segment,
+    raw_crc32: u32,
+) -> Result<Option<Stored>, ArchiveError> {
+    let archive = &writer.archive;
+    let key = archive.lineage.segment(name, archive.form());
+    let marker = match archive.backend.keeps_facts() {
+        true => None,
+        false => announce(writer, name, raw_crc32).await?,
+    };
+    let mut delays = Delays::new();
+    while segment.is_in_memory() {
+        let (pieces, recipients) = (segment.clone().into_held(), archive.keys.recipients.as_ref());
+        let body = Body::new(pieces, recipients, &making.workers, &making.memory).await?;
+        let (stored_bytes, stored_crc32) = (body.stored_bytes, body.stored_crc32);
+        let ours = StoredObject { stored_bytes, stored_crc32, raw_crc32: Some(raw_crc32) };
+        let facts = body.facts(archive.form(), raw_crc32);
+        match writer.call_once(archive.backend.put_new_with(&key, &body.parts, &facts)).await {
+            Ok(()) => return Ok(Some((ours, marker))),
+            // Our own success whose answer was lost, or a stranger's object: the content decides.
+            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
+                let compared = Ours { raw_crc32, stored: Some(ours) };
+                let stored = settle(writer, name, size, &compared, async { Ok(Some(body)) }).await?;
+                return Ok(Some((stored, marker)));
+            }
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => {
+                drop(body);
+                writer.wait(&mut delays).await?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+/// Appends what is left and gives the object its name; tells its length and CRC-32 also where that name is taken.
+async fn complete_upload(
+    writer: &Writer,
+    making: &Making,
+    upload: &SharedUpload,
+    segment: &Segment,
+) -> Result<(Result<(), ArchiveError>, (u64, u32)), ArchiveError> {
+    append_to_upload(writer, &making.workers, upload, segment.clone().into_held(), segment.start).await?;
+    let mut shared = upload.lock().await;
+    let mut open = shared.take().ok_or_else(|| upload_gone(segment.start))?;
+    let last = open.wrapping.finish(&making.workers).await;
+    append_part(writer, &mut open, last).await?;
     let mut delays = Delays::new();
     let completed = loop {
-        match writer.call_once(open.complete()).await {
+        match writer.call_once(open.upload.complete()).await {
             Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
             completed => break completed,
         }
     };
-    *upload = None;
-    completed
+    Ok((completed, open.wrapping.stored()))
+}
+
+/// Begins the upload of a segment under its name.
+pub async fn begin_upload(writer: &Writer, upload: &SharedUpload, key: &Key) -> Result<(), ArchiveError> {
+    let mut shared = upload.lock().await;
+    if shared.is_none() {
+        writer.confirm_epoch(false).await?;
+        let upload = writer.retry(|| writer.archive.backend.begin_upload(key)).await?;
+        let wrapping = Wrapping::new(writer.archive.keys.recipients.as_ref());
+        *shared = Some(OpenUpload { upload, wrapping });
+    }
+    Ok(())
 }
 
 /// Appends frames to an upload, in order, each until it is taken.
 pub async fn append_to_upload(
     writer: &Writer,
+    workers: &Workers,
     upload: &SharedUpload,
-    frames: &[Arc<HeldFrame>],
+    pieces: Vec<Piece>,
     start: Lsn,
 ) -> Result<(), ArchiveError> {
-    let mut upload = upload.lock().await;
-    let open = upload.as_mut().ok_or_else(|| upload_gone(start))?;
-    for held in frames {
-        let bytes = writer.call_once(held.load()).await?;
-        let mut delays = Delays::new();
-        loop {
-            match writer.call_once(open.append(bytes.clone())).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
-                Err(error) => return Err(error),
-                Ok(()) => break,
-            }
+    let mut shared = upload.lock().await;
+    let mut open = shared.take().ok_or_else(|| upload_gone(start))?;
+    for piece in pieces {
+        let part = open.wrapping.add(&piece, workers).await?;
+        append_part(writer, &mut open, part).await?;
+    }
+    *shared = Some(open);
+    Ok(())
+}
+
+async fn append_part(writer: &Writer, open: &mut OpenUpload, part: Bytes) -> Result<(), ArchiveError> {
+    let mut delays = Delays::new();
+    while !part.is_empty() {
+        match writer.call_once(open.upload.append(part.clone())).await {
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            appended => return appended,
         }
     }
     Ok(())
 }
 
-/// Equal raw content is success; a difference is kept under a conflict name, written to the ledger, and stops
-/// this writer.
-async fn compare_with_stored(
+/// The name is taken: what was uploaded is of no use. What cannot be removed now is the backend's to clean up.
+async fn give_up_upload(segment: &Segment) {
+    let Some(upload) = &segment.upload else { return };
+    if let Some(open) = upload.lock().await.take()
+        && let Err(error) = open.upload.abort().await
+    {
+        tracing::debug!(%error, "an upload nobody needs stays");
+    }
+}
+
+/// Equal raw content is success; a difference is kept as `copy` under a conflict name and stops this writer; so does
+/// an object nobody here can judge.
+async fn settle(
     writer: &Writer,
     name: SegmentName,
     size: SegmentSize,
-    segment: &Segment,
-    raw_crc32: u32,
+    ours: &Ours,
+    copy: impl Future<Output = Result<Option<Body>, ArchiveError>>,
 ) -> Result<StoredObject, ArchiveError> {
-    writer.confirm_epoch(true).await?;
-    let stored = match writer.retry(|| writer.archive.inspect_segment(name, size)).await {
-        Ok(stored) if stored.raw_crc32 == raw_crc32 => return Ok(stored),
-        Ok(stored) => stored.raw_crc32,
-        // Damaged or foreign: not ours to replace; its own CRC is unknown.
-        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::Corrupt) => {
-            tracing::error!(%error, "the object under this segment's name is damaged");
-            0
+    match compare::with_stored(writer, name, size, ours).await? {
+        Finding::Equal(stored) => Ok(stored),
+        Finding::Different { theirs } => {
+            keep_conflict(writer, name, ours.raw_crc32, copy).await?;
+            Err(ArchiveError::Conflict { name, stored: theirs, ours: ours.raw_crc32 })
         }
-        Err(error) => return Err(error),
-    };
-    keep_conflict(writer, name, segment, raw_crc32).await?;
-    Err(ArchiveError::Conflict { name, stored, ours: raw_crc32 })
+        Finding::Unknown { object } => Err(ArchiveError::Incomparable { object, ours: ours.raw_crc32 }),
+    }
 }
 
 async fn keep_conflict(
     writer: &Writer,
     name: SegmentName,
-    segment: &Segment,
     raw_crc32: u32,
+    copy: impl Future<Output = Result<Option<Body>, ArchiveError>>,
 ) -> Result<(), ArchiveError> {
-    let key = writer.archive.lineage.conflict(name, raw_crc32);
-    let mut body = Vec::with_capacity(segment.slots.len());
-    for slot in &segment.slots {
-        body.push(writer.call_once(segment.encoded(slot)).await?);
-    }
-    match writer.retry(|| writer.archive.backend.put_new(&key, &body)).await {
+    let Some(body) = copy.await? else {
+        tracing::error!(segment = %name, "the content received could not be kept: it went into an upload that cannot be read back; the server still has it");
+        return Ok(());
+    };
+    let form = writer.archive.form();
+    let key = writer.archive.lineage.conflict(name, raw_crc32, form);
+    let facts = body.facts(form, raw_crc32);
+    match writer.retry(|| writer.archive.backend.put_new_with(&key, &body.parts, &facts)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
-        other => other,
+        kept => kept,
     }
+}
+
+/// A second copy of a segment's bytes, if all of them are at hand.
+async fn copy_of(writer: &Writer, making: &Making, segment: &Segment) -> Result<Option<Body>, ArchiveError> {
+    let pieces = match writer.call_once(segment.pieces()).await {
+        // The upload has ended.
+        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::NotFound) => None,
+        pieces => pieces?,
+    };
+    let Some(pieces) = pieces else { return Ok(None) };
+    let recipients = writer.archive.keys.recipients.as_ref();
+    Ok(Some(Body::new(pieces, recipients, &making.workers, &making.memory).await?))
 }
 
 /// Stores the tail of `plan` and returns its name.
 pub async fn push_tail(
     writer: &Writer,
+    making: &Making,
     name: SegmentName,
     segment: Segment,
     plan: TailPlan,
     cut: Arc<Cut>,
-    workers: &Workers,
     first_of_segment: bool,
 ) -> Result<TailName, ArchiveError> {
     writer.confirm_epoch(first_of_segment).await?;
-    let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, workers)).await?;
-    let tail = TailName {
-        epoch: writer.epoch,
-        from: plan.from,
-        to: plan.to,
-        raw_crc32: parts.raw_crc32,
-        last_commit: cut.last_commit,
-    };
-    let key = writer.archive.lineage.tail(name, &tail);
-    match writer.retry(|| writer.archive.backend.put_new(&key, &parts.body)).await {
-        // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
-        Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(tail),
-        other => other.map(|()| tail),
+    let archive = &writer.archive;
+    let recipients = archive.keys.recipients.as_ref();
+    let mut delays = Delays::new();
+    loop {
+        // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
+        let parts = writer.call_once(segment.parts(plan.from, plan.to, &cut, &making.workers)).await?;
+        let body = Body::new(parts.pieces, recipients, &making.workers, &making.memory).await?;
+        let tail = TailName {
+            epoch: writer.epoch,
+            from: plan.from,
+            to: plan.to,
+            raw_crc32: parts.raw_crc32,
+            last_commit: cut.last_commit,
+            form: archive.form(),
+        };
+        let (key, facts) = (archive.lineage.tail(name, &tail), body.facts(tail.form, tail.raw_crc32));
+        let put = writer.call_once(archive.backend.put_new_with(&key, &body.parts, &facts)).await;
+        drop(body);
+        match put {
+            // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
+            Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => return Ok(tail),
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            stored => return stored.map(|()| tail),
+        }
     }
-}
-
-fn already_exists(location: &str) -> StoreError {
-    StoreError::new(StoreErrorKind::AlreadyExists, "store", location, "the name is taken")
 }

@@ -1,5 +1,5 @@
-//! Owns: where compression runs: off the network task, on as many threads as the machine has cores.
-//! Does not own: what is compressed.
+//! Owns: where compression and encryption run: off the network task, on as many threads as the machine has cores.
+//! Does not own: what they are given.
 
 use std::sync::{Arc, Mutex};
 
@@ -63,11 +63,22 @@ impl Workers {
 
     /// Runs `work` with an encoder.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce(&mut Encoder) -> T + Send + 'static) -> T {
-        let workers = self.clone();
-        let with_encoder = move || workers.with_encoder(work);
+        let idle = self.idle.clone();
+        self.run_alone(move || {
+            let borrowed = idle.lock().expect("no borrower panics holding the lock").pop();
+            let mut encoder = borrowed.unwrap_or_else(|| Encoder::new(LEVEL_DEFAULT));
+            let result = work(&mut encoder);
+            idle.lock().expect("no borrower panics holding the lock").push(encoder);
+            result
+        })
+        .await
+    }
+
+    /// Runs `work` that needs no encoder: encryption.
+    pub async fn run_alone<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         match self.place {
-            Place::Inline => with_encoder(),
-            Place::Threads(_) => match tokio::task::spawn_blocking(with_encoder).await {
+            Place::Inline => work(),
+            Place::Threads(_) => match tokio::task::spawn_blocking(work).await {
                 Ok(result) => result,
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },

@@ -25,6 +25,10 @@ pub enum ArchiveError {
     Fenced { ours: Epoch, highest: Epoch },
     #[error("{name} is already in the archive with other content: raw CRC-32 {stored:08x} stored, {ours:08x} received")]
     Conflict { name: SegmentName, stored: u32, ours: u32 },
+    #[error(
+        "{object} cannot be compared with the segment received (raw CRC-32 {ours:08x}): it is encrypted, and nothing beside it says what it holds"
+    )]
+    Incomparable { object: String, ours: u32 },
     #[error(transparent)]
     Store(StoreError),
     #[error(transparent)]
@@ -52,6 +56,7 @@ impl Advice for ArchiveError {
             ArchiveError::Stopped => None,
             ArchiveError::Fenced { .. } => Some("another agent writes to this archive; this one waits and takes over when it ends".into()),
             ArchiveError::Conflict { .. } => Some("do two servers archive to one place, or was one of them cloned? Both contents are kept; to go on with this server, use `seawall init --new-lineage`".into()),
+            ArchiveError::Incomparable { .. } => Some("set `identity_file` for this cluster until the segment is indexed: with it the object is read and compared".into()),
             ArchiveError::Store(error) => error.hint(),
             ArchiveError::Catalog(error) => error.hint(),
         }
@@ -61,6 +66,7 @@ impl Advice for ArchiveError {
         match self {
             ArchiveError::Stopped | ArchiveError::Fenced { .. } => Disposition::Reconnect,
             ArchiveError::Conflict { .. } => Disposition::Stop,
+            ArchiveError::Incomparable { .. } => Disposition::Operator,
             ArchiveError::Store(error) => error.disposition(),
             ArchiveError::Catalog(error) => error.disposition(),
         }
@@ -70,7 +76,7 @@ impl Advice for ArchiveError {
         match self {
             ArchiveError::Stopped => ExitCode::Unavailable,
             ArchiveError::Fenced { .. } => ExitCode::TryAgain,
-            ArchiveError::Conflict { .. } => ExitCode::Data,
+            ArchiveError::Conflict { .. } | ArchiveError::Incomparable { .. } => ExitCode::Data,
             ArchiveError::Store(error) => error.exit_code(),
             ArchiveError::Catalog(error) => error.exit_code(),
         }
@@ -210,5 +216,5 @@ impl Delays {
 /// Answers that come back at once: repeating the call would not change them.
 pub fn is_answer(error: &StoreError) -> bool {
     use StoreErrorKind::*;
-    matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported)
+    matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported | SourceLost)
 }

@@ -10,6 +10,7 @@ use super::index::IndexEntry;
 use super::ledger::{Expired, LedgerFact};
 use super::lineage::LineageFile;
 use super::tails::{self, TailLink};
+use crate::codec::Form;
 use crate::repository::layout::{IndexName, Lineage, TailName, WalDirectory};
 use crate::wal::{History, Lsn, Proof, SegmentName, SegmentSize, TimelineId};
 
@@ -26,23 +27,32 @@ pub struct TailObject {
     pub stored_bytes: u64,
 }
 
+/// An object that holds a whole segment, as listed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentObject {
+    pub form: Form,
+    pub stored_bytes: u64,
+}
+
 /// Everything one WAL directory holds. Names of no known form are left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectoryContents {
     pub directory: WalDirectory,
     pub segment_size: SegmentSize,
-    /// Sealed segments by name, with the object's size.
-    pub segments: BTreeMap<SegmentName, u64>,
+    /// Sealed segments by name. A second object of one name is in the other form: no writer makes it.
+    pub segments: BTreeMap<SegmentName, Vec<SegmentObject>>,
     /// The union of the index files, whether the object is there or not.
     pub entries: BTreeMap<SegmentName, IndexEntry>,
     /// Entries that disagree on the raw CRC; none of them is in `entries`.
     pub disputed: BTreeMap<SegmentName, Vec<IndexEntry>>,
     pub index_files: Vec<(IndexName, u64)>,
     pub tails: BTreeMap<SegmentName, Vec<TailObject>>,
-    /// Second contents of a name: raw CRC and size.
-    pub conflicts: BTreeMap<SegmentName, Vec<(u32, u64)>>,
-    /// Good contents of names whose object is damaged: raw CRC and size.
-    pub repairs: BTreeMap<SegmentName, Vec<(u32, u64)>>,
+    /// Second contents of a name, by raw CRC.
+    pub conflicts: BTreeMap<SegmentName, Vec<(u32, SegmentObject)>>,
+    /// Good contents of names whose object is damaged, by raw CRC.
+    pub repairs: BTreeMap<SegmentName, Vec<(u32, SegmentObject)>>,
+    /// What writers announced that they would store, by raw CRC: their own affair, and nothing that is there.
+    pub raw_markers: BTreeMap<SegmentName, Vec<u32>>,
 }
 
 impl DirectoryContents {
@@ -57,6 +67,7 @@ impl DirectoryContents {
             tails: BTreeMap::new(),
             conflicts: BTreeMap::new(),
             repairs: BTreeMap::new(),
+            raw_markers: BTreeMap::new(),
         }
     }
 
@@ -73,7 +84,7 @@ impl DirectoryContents {
                 let known = self.entries.remove(&name).expect("just found");
                 self.disputed.insert(name, vec![known, entry]);
             }
-            Some(known) if self.segments.get(&name) == Some(&known.stored_bytes) => {}
+            Some(known) if self.object_of(known).is_some() => {}
             _ => {
                 self.entries.insert(name, entry);
             }
@@ -90,18 +101,25 @@ impl DirectoryContents {
         self.repairs.retain(|name, _| !expired.contains(*name));
     }
 
+    /// The object that an entry describes, by its size.
+    pub fn object_of(&self, entry: &IndexEntry) -> Option<SegmentObject> {
+        let mut listed = self.segments.get(&entry.segment)?.iter();
+        listed.find(|object| object.stored_bytes > 0 && object.stored_bytes == entry.stored_bytes).copied()
+    }
+
     /// The entry of a segment whose object is there in the size the entry tells, or repaired.
     pub fn sealed(&self, name: SegmentName) -> Option<&IndexEntry> {
         let entry = self.entries.get(&name)?;
-        let whole = entry.stored_bytes > 0 && self.segments.get(&name) == Some(&entry.stored_bytes);
+        let whole = self.object_of(entry).is_some();
         let repaired = || self.repairs.get(&name).is_some_and(|all| all.contains_repair_of(entry));
         (whole || repaired()).then_some(entry)
     }
 
     /// Objects under a segment's name that no entry describes: a crash between the two, or a write in progress.
-    pub fn unindexed(&self) -> impl Iterator<Item = (SegmentName, u64)> {
+    pub fn unindexed(&self) -> impl Iterator<Item = (SegmentName, SegmentObject)> {
         let known = |name: &SegmentName| self.entries.contains_key(name) || self.disputed.contains_key(name);
-        self.segments.iter().filter(move |(name, _)| !known(name)).map(|(name, bytes)| (*name, *bytes))
+        let unknown = self.segments.iter().filter(move |(name, _)| !known(name));
+        unknown.flat_map(|(name, objects)| objects.iter().map(|object| (*name, *object)))
     }
 
     /// Entries without an object as they describe it: deleted, truncated, or replaced behind our back.
@@ -137,9 +155,9 @@ trait Repairs {
     fn contains_repair_of(&self, entry: &IndexEntry) -> bool;
 }
 
-impl Repairs for Vec<(u32, u64)> {
+impl Repairs for Vec<(u32, SegmentObject)> {
     fn contains_repair_of(&self, entry: &IndexEntry) -> bool {
-        self.iter().any(|&(raw_crc32, bytes)| raw_crc32 == entry.raw_crc32.0 && bytes > 0)
+        self.iter().any(|&(raw_crc32, object)| raw_crc32 == entry.raw_crc32.0 && object.stored_bytes > 0)
     }
 }
 
@@ -162,7 +180,7 @@ pub struct Piece {
 }
 
 impl Piece {
-    fn sealed(entry: &IndexEntry) -> Piece {
+    pub(super) fn sealed(entry: &IndexEntry) -> Piece {
         Piece {
             from: entry.start_lsn,
             to: entry.end_lsn,
@@ -173,7 +191,7 @@ impl Piece {
     }
 
     /// A tail does not say how it was proven: it follows what it extends (`continuity::runs`).
-    fn tail(link: TailLink) -> Piece {
+    pub(super) fn tail(link: TailLink) -> Piece {
         // Used only in part, its last commit may lie beyond that part.
         let last_commit = link.tail.last_commit.filter(|_| link.to == link.tail.to);
         Piece { from: link.from, to: link.to, proof: Proof::Proven, last_commit, source: Source::Tail(link.tail) }
@@ -220,7 +238,7 @@ pub struct TimelineState {
     /// Tails of the run's unfinished segments that do not count: conflicts, or not comparable by name.
     pub refused: Vec<TailName>,
     /// Sealed objects no entry describes, in the directories read.
-    pub unindexed: Vec<(SegmentName, u64)>,
+    pub unindexed: Vec<(SegmentName, SegmentObject)>,
     /// Entries whose object is not there as they describe it.
     pub missing: Vec<SegmentName>,
     /// Names with entries of different raw content.

@@ -1,7 +1,7 @@
 //! The catalog: what a lineage holds, read from its objects (proto-notes/07-repository-format.md).
 //!
 //! Owns: the JSON formats (`index`, `ledger`, `lineage`), what a directory listing says (`contents`), which tails
-//! count (`tails`), and reading all of it from a store (`store`).
+//! count (`tails`), several repositories together (`union`), and reading all of it from a store (`store`).
 //! Does not own: names (`repository::layout`), when objects are written (`archiver`), intervals and gaps (`continuity`).
 
 pub mod contents;
@@ -10,10 +10,12 @@ pub mod ledger;
 pub mod lineage;
 pub mod store;
 pub mod tails;
+pub mod union;
 
-pub use contents::{Catalog, DirectoryContents, Piece, Source, TailObject, TimelineState};
+pub use contents::{Catalog, DirectoryContents, Piece, SegmentObject, Source, TailObject, TimelineState};
 pub use index::{Crc32, IndexEntry, IndexFile};
 pub use ledger::{Expired, FactKind, LedgerFact, SegmentRange};
 pub use lineage::{LineageFile, RepositoryFile, WriterFile};
 pub use store::{Archive, CatalogError};
 pub use tails::{TailChain, TailLink};
+pub use union::Holdings;

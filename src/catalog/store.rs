@@ -7,16 +7,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use futures_util::future::try_join;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::contents::{Catalog, DirectoryContents, TailObject, TimelineState, segment_span};
+use super::contents::{Catalog, DirectoryContents, SegmentObject, TailObject, TimelineState, segment_span};
 use super::index::{IndexEntry, IndexFile};
 use super::ledger::{Expired, FactKind, LedgerFact};
 use super::lineage::{LineageFile, RepositoryFile, WriterFile};
-use crate::codec::decode::{DecodeError, FrameDecoder};
+use crate::codec::Form;
+use crate::codec::decode::{DecodeError, ObjectDecoder};
+use crate::codec::encrypt::Keys;
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::layout::{self, Epoch, IndexName, Lineage, TailName, WalDirectory, WalObject};
 use crate::repository::{Backend, Entry, Key, StoreError, StoreErrorKind};
@@ -30,6 +33,8 @@ const FETCHES: usize = 16;
 /// How often a listing is taken again when objects vanish between it and their reading (compaction, merging).
 const LISTINGS_MAX: usize = 8;
 const EPOCH_ATTEMPTS: u32 = 16;
+/// Fetched at a time while a segment is inspected: memory, against requests.
+const INSPECT_BYTES: u64 = 4 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CatalogError {
@@ -183,7 +188,8 @@ pub async fn fetch_json<T: DeserializeOwned>(backend: &dyn Backend, key: &Key) -
 pub struct StoredObject {
     pub stored_bytes: u64,
     pub stored_crc32: u32,
-    pub raw_crc32: u32,
+    /// `None` where no identity at hand can read it.
+    pub raw_crc32: Option<u32>,
 }
 
 /// One lineage in one repository.
@@ -191,11 +197,22 @@ pub struct StoredObject {
 pub struct Archive {
     pub backend: Arc<dyn Backend>,
     pub lineage: Lineage,
+    /// What new objects are encrypted to, and what reads encrypted ones.
+    pub keys: Keys,
 }
 
 impl Archive {
     pub fn new(backend: Arc<dyn Backend>, lineage: Lineage) -> Archive {
-        Archive { backend, lineage }
+        Archive { backend, lineage, keys: Keys::default() }
+    }
+
+    pub fn with_keys(self, keys: Keys) -> Archive {
+        Archive { keys, ..self }
+    }
+
+    /// The form new objects get.
+    pub fn form(&self) -> Form {
+        if self.keys.recipients.is_some() { Form::Encrypted } else { Form::Plain }
     }
 
     fn backend(&self) -> &dyn Backend {
@@ -404,7 +421,7 @@ impl Archive {
             let tails = self.tails(name, size).await?;
             // A store may show a directory for a moment longer than its last object.
             if tails.is_empty() && !contents.segments.contains_key(&name) {
-                if self.backend.stat(&self.lineage.segment(name)).await?.is_some() {
+                if !self.segment_objects(name).await?.is_empty() {
                     return Ok(None);
                 }
                 continue;
@@ -496,29 +513,48 @@ impl Archive {
         self.index_file(name, bytes, WalDirectory::of(name.first), size).await
     }
 
-    /// Reads the segment object under `name` through: what is really there. Damage is `StoreErrorKind::Corrupt`.
-    pub async fn inspect_segment(&self, name: SegmentName, size: SegmentSize) -> Result<StoredObject, CatalogError> {
-        /// Fetched at a time: memory, against requests.
-        const CHUNK_BYTES: u64 = 4 << 20;
-        let key = self.lineage.segment(name);
+    /// The objects of a segment under its two names: one at most, unless somebody else has been there.
+    pub async fn segment_objects(&self, name: SegmentName) -> Result<Vec<SegmentObject>, CatalogError> {
+        let (plain, encrypted) = (self.lineage.segment(name, Form::Plain), self.lineage.segment(name, Form::Encrypted));
+        let (plain, encrypted) = try_join(self.backend.stat(&plain), self.backend.stat(&encrypted)).await?;
+        let plain = plain.map(|stored_bytes| SegmentObject { form: Form::Plain, stored_bytes });
+        let encrypted = encrypted.map(|stored_bytes| SegmentObject { form: Form::Encrypted, stored_bytes });
+        Ok(plain.into_iter().chain(encrypted).collect())
+    }
+
+    /// Reads a segment's object through: what is really there. Damage is `StoreErrorKind::Corrupt`.
+    pub async fn inspect_segment(
+        &self,
+        name: SegmentName,
+        object: SegmentObject,
+        size: SegmentSize,
+    ) -> Result<StoredObject, CatalogError> {
+        let key = self.lineage.segment(name, object.form);
         let location = place(self.backend(), &key);
-        let missing = || CatalogError::Missing { object: location.clone() };
         let corrupt = |error: DecodeError| {
             let (kind, cause) = (StoreErrorKind::Corrupt, error.to_string());
             CatalogError::Store(StoreError::new(kind, "read", location.clone(), cause))
         };
-        let stored_bytes = self.backend.stat(&key).await?.ok_or_else(missing)?;
-        let mut decoder = FrameDecoder::new(size.bytes()).map_err(corrupt)?;
+        let identities = self.keys.identities.as_ref();
+        let mut decoder = match ObjectDecoder::new(object.form, identities, size.bytes()) {
+            Ok(decoder) => Some(decoder),
+            Err(error) if error.is_about_keys() => None,
+            Err(error) => return Err(corrupt(error)),
+        };
         let mut stored_crc32 = crc32fast::Hasher::new();
         let mut at = 0;
-        while at < stored_bytes {
-            let chunk = self.backend.fetch(&key, at..(at + CHUNK_BYTES).min(stored_bytes)).await?;
+        while at < object.stored_bytes {
+            let chunk = self.backend.fetch(&key, at..(at + INSPECT_BYTES).min(object.stored_bytes)).await?;
             stored_crc32.update(&chunk);
-            decoder.feed(&chunk, &mut |_| Ok(())).map_err(corrupt)?;
             at += chunk.len() as u64;
+            match decoder.as_mut().map(|decoder| decoder.feed(&chunk, &mut |_| Ok(()))) {
+                Some(Err(error)) if error.is_about_keys() => decoder = None,
+                Some(Err(error)) => return Err(corrupt(error)),
+                Some(Ok(())) | None => {}
+            }
         }
-        let raw_crc32 = decoder.finish().map_err(corrupt)?;
-        Ok(StoredObject { stored_bytes, stored_crc32: stored_crc32.finalize(), raw_crc32 })
+        let raw_crc32 = decoder.map(|decoder| decoder.finish(&mut |_| Ok(()))).transpose().map_err(corrupt)?;
+        Ok(StoredObject { stored_bytes: object.stored_bytes, stored_crc32: stored_crc32.finalize(), raw_crc32 })
     }
 
     /// Every fact of the ledger, oldest first.
@@ -614,20 +650,27 @@ fn tails_of(contents: &DirectoryContents, name: &str) -> impl Iterator<Item = Wa
 
 fn add_object(contents: &mut DirectoryContents, name: &str, bytes: u64) {
     let Some(object) = WalObject::parse(name) else { return };
-    let (WalObject::Segment(segment)
-    | WalObject::Conflict(segment, _)
-    | WalObject::Repair(segment, _)
+    let (WalObject::Segment(segment, _)
+    | WalObject::Conflict(segment, ..)
+    | WalObject::Repair(segment, ..)
+    | WalObject::RawMarker(segment, _)
     | WalObject::Tails(segment)
     | WalObject::Index(IndexName { first: segment, .. })) = object;
     let fits = segment_span(segment, contents.segment_size).is_some();
     if !fits || WalDirectory::of(segment) != contents.directory {
         return;
     }
+    let stored = |form: Form| SegmentObject { form, stored_bytes: bytes };
     match object {
-        WalObject::Segment(segment) => drop(contents.segments.insert(segment, bytes)),
+        WalObject::Segment(segment, form) => contents.segments.entry(segment).or_default().push(stored(form)),
         WalObject::Index(index) => contents.index_files.push((index, bytes)),
-        WalObject::Conflict(segment, crc) => contents.conflicts.entry(segment).or_default().push((crc, bytes)),
-        WalObject::Repair(segment, crc) => contents.repairs.entry(segment).or_default().push((crc, bytes)),
+        WalObject::Conflict(segment, crc, form) => {
+            contents.conflicts.entry(segment).or_default().push((crc, stored(form)));
+        }
+        WalObject::Repair(segment, crc, form) => {
+            contents.repairs.entry(segment).or_default().push((crc, stored(form)));
+        }
+        WalObject::RawMarker(segment, crc) => contents.raw_markers.entry(segment).or_default().push(crc),
         WalObject::Tails(_) => {} // an object by a directory's name
     }
 }

@@ -12,6 +12,9 @@
 //! * Where bounds do not coincide the overlap cannot be judged. Then bytes below still count, because a writer matches
 //!   everything stored before its first tail; bytes above do not, because nobody matched them. Readers of the bytes
 //!   compare every overlap again and refuse a difference.
+//!
+//! Epochs of different repositories are numbered independently: each repository is resolved by itself, then the chains
+//! are joined ([`join`]) by what their bytes are alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -45,6 +48,60 @@ impl TailChain {
         }
         end
     }
+}
+
+/// What the chains of one segment in several repositories come to together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JoinedTails {
+    /// From the segment's start on, in order, without overlap and without a hole: which chain, and which part of it.
+    pub links: Vec<(usize, TailLink)>,
+    /// Where they end; the segment's start when there are none.
+    pub end: Lsn,
+    /// The first bytes beyond `end` that some chain has, and nothing joins to the rest.
+    pub beyond: Option<(usize, TailLink)>,
+    /// Two chains with different bytes for one place.
+    pub contradiction: Option<(usize, usize)>,
+}
+
+/// Joins chains from `base` on: another chain goes on where `base` ends only if it holds bytes below that end too, and
+/// all bytes both have are equal by CRC. Touching is not enough: nobody has compared the two.
+pub fn join(chains: &[TailChain], base: usize, begin: Lsn) -> JoinedTails {
+    let mut end = chains[base].end_from(begin);
+    let own = chains[base].links.iter().filter(|link| link.from < end && link.to > begin);
+    let mut links: Vec<(usize, TailLink)> = own.map(|link| (base, *link)).collect();
+    let mut contradiction = None;
+    let mut rest: Vec<usize> = (0..chains.len()).filter(|&other| other != base).collect();
+    loop {
+        let joined: Vec<TailLink> = links.iter().map(|(_, link)| *link).collect();
+        let mut further = None;
+        for &other in &rest {
+            let verdict = compare(&joined, &chains[other].links);
+            let overlaps_end = spans(&chains[other].links).into_iter().any(|(from, to)| from < end && end < to);
+            match verdict {
+                Overlap::Different => contradiction = contradiction.or(Some((base, other))),
+                Overlap::Equal if overlaps_end && further.is_none() => further = Some(other),
+                Overlap::Equal | Overlap::Unknown => {}
+            }
+        }
+        let Some(other) = further.filter(|_| contradiction.is_none()) else { break };
+        let above = joined_above(clip(&chains[other].links, end, Lsn::MAX), end);
+        end = above.last().map_or(end, |link| link.to);
+        links.extend(above.into_iter().map(|link| (other, link)));
+        rest.retain(|&left| left != other);
+    }
+    let all = chains.iter().enumerate().flat_map(|(index, chain)| chain.links.iter().map(move |link| (index, *link)));
+    let beyond = all.filter(|(_, link)| link.to > end).min_by_key(|(_, link)| link.from.max(end));
+    JoinedTails { links, end, beyond, contradiction }
+}
+
+/// The chains that reach furthest from `begin`, the first of them first; empty when none begins there.
+pub fn furthest(chains: &[TailChain], begin: Lsn) -> Vec<(usize, JoinedTails)> {
+    let joined: Vec<(usize, JoinedTails)> = (0..chains.len())
+        .map(|base| (base, join(chains, base, begin)))
+        .filter(|(_, found)| found.end > begin)
+        .collect();
+    let end = joined.iter().map(|(_, found)| found.end).max();
+    joined.into_iter().filter(|(_, found)| Some(found.end) == end).collect()
 }
 
 /// Decides which of the tails of one segment count.
@@ -219,6 +276,7 @@ mod tests {
             to: Lsn(to),
             raw_crc32: crc32fast::hash(&bytes),
             last_commit: None,
+            form: crate::codec::Form::Plain,
         }
     }
 
@@ -286,7 +344,71 @@ mod tests {
         assert_eq!(ranges(&between), [(10, 20)]);
     }
 
+    fn chains(repositories: &[&[TailName]]) -> Vec<TailChain> {
+        repositories.iter().map(|tails| resolve(tails)).collect()
+    }
+
+    fn joined(repositories: &[&[TailName]], base: usize) -> JoinedTails {
+        join(&chains(repositories), base, Lsn(0))
+    }
+
+    #[test]
+    fn the_repository_that_reaches_furthest_counts_whatever_its_epochs_are() {
+        let (slow, fast): (&[_], &[_]) = (&[tail(9, 0, 10, 0)], &[tail(1, 0, 10, 0), tail(2, 10, 20, 0)]);
+        let found = furthest(&chains(&[slow, fast]), Lsn(0));
+        assert_eq!(found.iter().map(|(base, joined)| (*base, joined.end.0)).collect::<Vec<_>>(), [(0, 20), (1, 20)]);
+        let other: &[_] = &[tail(9, 0, 12, 0)];
+        let found = furthest(&chains(&[other, fast]), Lsn(0));
+        assert_eq!(found.iter().map(|(base, joined)| (*base, joined.end.0)).collect::<Vec<_>>(), [(1, 20)]);
+        // Equally far: in the order of the repositories.
+        let both = furthest(&chains(&[fast, fast]), Lsn(0));
+        assert_eq!(both.iter().map(|(base, _)| *base).collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(furthest(&chains(&[&[tail(1, 5, 9, 0)], &[]]), Lsn(0)), []);
+    }
+
+    #[test]
+    fn another_repository_goes_on_where_an_equal_overlap_proves_it() {
+        let holed: &[_] = &[tail(4, 5, 10, 0), tail(4, 10, 30, 0)];
+        let found = joined(&[&[tail(1, 0, 5, 0), tail(1, 5, 10, 0), tail(1, 10, 30, 0)], holed], 0);
+        assert_eq!(found.end, Lsn(30));
+        let found = joined(&[&[tail(1, 0, 5, 0), tail(1, 5, 10, 0)], holed], 0);
+        assert_eq!((found.end, found.links.last().unwrap().0, found.beyond), (Lsn(30), 1, None));
+        // Only touching, or not comparable by name: nothing says they belong together.
+        for first in [tail(1, 0, 5, 0), tail(1, 0, 7, 0)] {
+            let found = joined(&[&[first], holed], 0);
+            assert_eq!((found.end, found.contradiction), (first.to, None));
+            assert_eq!(found.beyond.map(|(chain, _)| chain), Some(1));
+        }
+    }
+
+    #[test]
+    fn different_bytes_in_two_repositories_are_a_contradiction() {
+        let found = joined(&[&[tail(1, 0, 10, 0), tail(1, 10, 20, 0)], &[tail(1, 10, 20, 7), tail(1, 20, 30, 7)]], 0);
+        assert_eq!((found.end, found.contradiction), (Lsn(20), Some((0, 1))));
+    }
+
     proptest! {
+        #[test]
+        fn joined_tails_are_contiguous_and_in_their_chains(
+            repositories in prop::collection::vec(prop::collection::vec((1u32..4, 0u64..24, 1u64..16, 0u8..2), 0..6), 1..4)
+        ) {
+            let tails = |one: &Vec<(u32, u64, u64, u8)>| -> Vec<TailName> {
+                one.iter().map(|&(epoch, from, len, branch)| tail(epoch, from, from + len, branch)).collect()
+            };
+            let chains: Vec<TailChain> = repositories.iter().map(|one| resolve(&tails(one))).collect();
+            for (_, found) in furthest(&chains, Lsn(0)) {
+                let mut end = Lsn(0);
+                for (chain, link) in &found.links {
+                    prop_assert!(link.from == end && link.from < link.to);
+                    let whole = chains[*chain].links.iter().find(|known| known.tail == link.tail);
+                    prop_assert!(whole.is_some_and(|known| known.from <= link.from && link.to <= known.to));
+                    end = link.to;
+                }
+                prop_assert_eq!(end, found.end);
+                prop_assert!(chains.iter().all(|chain| chain.end_from(Lsn(0)) <= found.end));
+            }
+        }
+
         #[test]
         fn every_byte_that_counts_is_in_its_tail_and_counts_once(
             tails in prop::collection::vec((1u32..5, 0u64..64, 1u64..32, 0u8..2), 0..12)

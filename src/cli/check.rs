@@ -17,7 +17,8 @@ use crate::config::{ClusterConfig, Location};
 use crate::error::Failure;
 use crate::postgres::Purpose;
 use crate::replication::{Address, Connection, Login};
-use crate::repository::{Backend, layout};
+use crate::repository::s3::{Finding, Outcome};
+use crate::repository::{Backend, S3Backend, layout};
 use crate::wal::SystemId;
 
 /// Times of commits and of gaps are compared by people across machines.
@@ -359,14 +360,27 @@ fn clock(facts: &ServerFacts, now: Timestamp) -> Option<Check> {
 
 async fn repository_checks(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Vec<Check> {
     let mut checks = vec![contents(cluster, world, system_id).await];
-    checks.push(match probe(&world.backend, world.random_u32()).await {
-        Ok(()) => {
-            Check::ok("repository writable", format!("{} stores, reads and deletes", cluster.repositories[0].url))
+    let repository = &cluster.repositories[0];
+    match &repository.location {
+        Location::Local(_) => checks.push(match probe(&world.backend, world.random_u32()).await {
+            Ok(()) => Check::ok("repository writable", format!("{} stores, reads and deletes", repository.url)),
+            Err(failure) => Check::failed("repository writable", failure),
+        }),
+        Location::S3(options) => {
+            let findings = S3Backend::open(options.clone()).survey(world.random_u32()).await;
+            checks.extend(findings.into_iter().map(store_check));
         }
-        Err(failure) => Check::failed("repository writable", failure),
-    });
-    checks.extend(free_space(&cluster.repositories[0].location));
+    }
+    checks.extend(free_space(&repository.location));
     checks
+}
+
+fn store_check(finding: Finding) -> Check {
+    match finding.outcome {
+        Outcome::Good(found) => Check::ok(finding.what, found),
+        Outcome::Fair { found, cure } => Check::warning(finding.what, found, cure),
+        Outcome::Bad(error) => Check::failed(finding.what, error.into()),
+    }
 }
 
 async fn contents(cluster: &ClusterConfig, world: &World, system_id: Option<SystemId>) -> Check {

@@ -3,24 +3,24 @@
 //! Does not own: when the agent begins one by itself (`agent/startup.rs`), which it does where that is safe.
 
 use std::net::{IpAddr, ToSocketAddrs, UdpSocket};
-use std::sync::Arc;
 
 use serde::Serialize;
 
 use super::args::{Global, InitArgs};
+use super::repositories::{self, Look};
 use super::{Verdict, output, setup};
 use crate::agent::slot::{self, Found};
 use crate::agent::startup::{self, Server};
 use crate::agent::world::{ClusterOptions, World};
 use crate::archiver::Workers;
 use crate::catalog::lineage::LineageFile;
-use crate::catalog::store::{self, Archive};
+use crate::catalog::store::{self, Archive, CatalogError};
 use crate::config::{ClusterConfig, Config, ConfigError, Sources};
 use crate::error::{ExitCode, Failure};
 use crate::postgres::{Purpose, SystemEnvironment, connect};
 use crate::replication::{Address, Connection, Login, SystemIdentity};
+use crate::repository::StoreErrorKind;
 use crate::repository::layout::Lineage;
-use crate::repository::{Backend, StoreErrorKind};
 use crate::wal::{Lsn, SystemId};
 
 /// What `init` shows where nothing is configured yet.
@@ -206,29 +206,38 @@ fn quote_ident(name: &str) -> String {
 #[derive(Debug, Serialize)]
 struct Begun {
     cluster: String,
+    /// All of them, for people.
     repository: String,
+    repositories: Vec<BegunRepository>,
     lineage: String,
     start_timeline: u32,
     start_lsn: Option<Lsn>,
     slot: String,
+    /// Anywhere.
+    created: Vec<&'static str>,
+}
+
+#[derive(Debug, Serialize)]
+struct BegunRepository {
+    name: String,
+    url: String,
     created: Vec<&'static str>,
 }
 
 impl Begun {
     fn to_text(&self) -> String {
-        let new = |what: &str| if self.created.contains(&what) { "created" } else { "there already" };
+        let new = |created: &[&str], what: &str| if created.contains(&what) { "created" } else { "there already" };
         let start = self.start_lsn.map_or("unknown".to_string(), |lsn| lsn.to_string());
-        format!(
-            "repository  {}  ({})\nlineage     {}/{}  ({})\nslot        {}  ({})\nThe archive starts at {start} on timeline {}.",
-            self.repository,
-            new("repository"),
-            self.cluster,
-            self.lineage,
-            new("lineage"),
-            self.slot,
-            new("slot"),
-            self.start_timeline,
-        )
+        let places = self.repositories.iter().flat_map(|repository| {
+            let BegunRepository { url, created, .. } = repository;
+            [
+                format!("repository  {url}  ({})", new(created, "repository")),
+                format!("lineage     {}/{}  ({})", self.cluster, self.lineage, new(created, "lineage")),
+            ]
+        });
+        let slot = format!("slot        {}  ({})", self.slot, new(&self.created, "slot"));
+        let start = format!("The archive starts at {start} on timeline {}.", self.start_timeline);
+        places.chain([slot, start]).collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -242,33 +251,132 @@ struct Met {
 
 async fn begin(cluster: &ClusterConfig, args: &InitArgs) -> Result<Begun, Failure> {
     let world = setup::world(cluster, Workers::inline());
-    let options = setup::options(cluster)?;
-    let backend = setup::backend(&cluster.repositories[0]);
+    let options = setup::options(cluster, None)?;
     let mut met = meet(&world, &options).await?;
-    let had_repository = has_repository(backend.as_ref()).await?;
-    let had_lineages = match had_repository {
-        true => store::lineages(backend.as_ref(), &options.name).await?,
-        false => Vec::new(),
-    };
+    let looks = repositories::look(&cluster.repositories, &cluster.name).await;
+    // Any of them may hold what the others have to continue: nothing is written before all have answered.
+    for look in &looks {
+        look.found.as_ref().map_err(|failure| of_repository(&looks, look, failure.clone()))?;
+    }
+    let had = repositories::all_lineages(&looks);
+    refuse_empty_ones(cluster, &looks, met.server.identity.system_id, args)?;
     let (archive, file) = match (args.new_lineage, args.create) {
-        (true, _) => new_lineage(&world, &options, &backend, &met.server, &had_lineages).await?,
-        (false, true) => adopt(&world, &options, &backend, &mut met, &had_lineages).await?,
-        (false, false) => startup::open_lineage(&world, &options, &met.server, met.found.presence()).await?,
+        (true, _) => new_lineage(cluster, &options, &looks, &met.server).await?,
+        (false, true) if had.is_empty() => adopt(cluster, &options, &looks, &mut met).await?,
+        // Nothing to adopt: the same refusals as without --create.
+        (false, _) => {
+            let holder = holder_of(&looks, met.server.identity.system_id);
+            startup::open_lineage(&world_of(cluster, holder), &options, &met.server, met.found.presence()).await?
+        }
     };
-    startup::archive_histories(&archive, &met.server).await?;
+    let mut begun = Vec::new();
+    for look in &looks {
+        if look.found.as_ref().is_ok_and(|found| found.missing.is_some()) {
+            match args.create || args.new_lineage {
+                true => look.backend.create_root().await?,
+                false => look.backend.create_missing_root().await?,
+            }
+        }
+        let copied = copy(&world, look, &archive.lineage, &file, &met.server).await;
+        copied.map_err(|failure| of_repository(&looks, look, failure))?;
+        let found = look.found.as_ref().ok();
+        let created = [
+            ("repository", found.is_none_or(|found| found.file.is_none())),
+            ("lineage", look.file_of(&archive.lineage).is_none()),
+        ];
+        begun.push(BegunRepository {
+            name: look.config.name.clone(),
+            url: look.config.url.clone(),
+            created: created.into_iter().filter(|(_, is_new)| *is_new).map(|(what, _)| what).collect(),
+        });
+    }
     let slot_created = ensure_slot(&mut met, &options).await?;
     met.connection.close().await;
-    let lineage_is_new = !had_lineages.iter().any(|(lineage, _)| *lineage == archive.lineage);
-    let created = [("repository", !had_repository), ("lineage", lineage_is_new), ("slot", slot_created)].into_iter();
+    let is_created = |what: &str| begun.iter().any(|repository| repository.created.contains(&what));
+    let created =
+        [("repository", is_created("repository")), ("lineage", is_created("lineage")), ("slot", slot_created)];
+    let urls: Vec<&str> = begun.iter().map(|repository| repository.url.as_str()).collect();
     Ok(Begun {
         cluster: options.name.clone(),
-        repository: cluster.repositories[0].url.clone(),
+        repository: urls.join(", "),
         lineage: archive.lineage.directory_name(),
         start_timeline: file.start_timeline.0,
         start_lsn: file.start_lsn,
         slot: options.slot.to_string(),
-        created: created.filter(|(_, is_new)| *is_new).map(|(what, _)| what).collect(),
+        created: created.into_iter().filter(|(_, is_new)| *is_new).map(|(what, _)| what).collect(),
+        repositories: begun,
     })
+}
+
+/// Says which repository a failure is about, where there are several.
+fn of_repository(looks: &[Look], look: &Look, failure: Failure) -> Failure {
+    match looks.len() {
+        1 => failure,
+        _ => failure.context(format_args!("repository {}", look.config.name)),
+    }
+}
+
+/// As if a repository were the only one.
+fn world_of(cluster: &ClusterConfig, look: &Look) -> World {
+    let alone = ClusterConfig { repositories: vec![look.config.clone()], ..cluster.clone() };
+    setup::world(&alone, Workers::inline())
+}
+
+/// The one that goes on with this system longest; the first when none does.
+fn holder_of(looks: &[Look], system_id: SystemId) -> &Look {
+    let ordinal = |look: &Look| newest_of(system_id, look.lineages()).map(|(lineage, _)| lineage.ordinal);
+    let furthest = looks.iter().map(ordinal).max().flatten();
+    let holds_other = |look: &&Look| !look.lineages().is_empty();
+    let holder = looks.iter().find(|look| furthest.is_some() && ordinal(look) == furthest);
+    holder.or_else(|| looks.iter().find(holds_other)).unwrap_or(&looks[0])
+}
+
+/// Nothing at all, where others hold the archive, is an unmounted volume far more often than a new copy.
+fn refuse_empty_ones(
+    cluster: &ClusterConfig,
+    looks: &[Look],
+    system_id: SystemId,
+    args: &InitArgs,
+) -> Result<(), Failure> {
+    let is_continued = looks.iter().any(|look| newest_of(system_id, look.lineages()).is_some());
+    let is_empty = |look: &&Look| look.readable().is_err();
+    match looks.iter().find(is_empty) {
+        Some(look) if is_continued && !args.create => {
+            let location = look.backend.describe();
+            let message = format!("{location} holds nothing, but other repositories hold cluster {}", cluster.name);
+            Err(Failure::new(ExitCode::Config, message).hint(
+                "is its volume mounted, and is its `url` right? If it is new, or was lost, run `seawall init --create`: the agent copies what the others hold",
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes a repository hold the lineage as the others do: `repository.json`, `lineage.json`, history files; what is
+/// there stays.
+async fn copy(
+    world: &World,
+    look: &Look,
+    lineage: &Lineage,
+    file: &LineageFile,
+    server: &Server,
+) -> Result<(), Failure> {
+    let backend = look.backend.as_ref();
+    if store::read_repository(backend).await?.is_none() {
+        let id = format!("{:08x}{:08x}", world.random_u32(), world.random_u32());
+        keep_existing(store::create_repository(backend, world.clock.now(), &id).await.map(drop))?;
+    }
+    let archive = look.archive(lineage);
+    keep_existing(archive.create_lineage(file).await)?;
+    startup::archive_histories(&archive, server).await
+}
+
+/// What is there counts: another `init`, or our own success that was not answered.
+fn keep_existing(created: Result<(), CatalogError>) -> Result<(), Failure> {
+    match created {
+        Err(CatalogError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
+        other => Ok(other?),
+    }
 }
 
 async fn meet(world: &World, options: &ClusterOptions) -> Result<Met, Failure> {
@@ -280,25 +388,13 @@ async fn meet(world: &World, options: &ClusterOptions) -> Result<Met, Failure> {
     Ok(Met { connection, login, server, found })
 }
 
-async fn has_repository(backend: &dyn Backend) -> Result<bool, Failure> {
-    match store::read_repository(backend).await {
-        Err(store::CatalogError::Store(error)) if error.is(StoreErrorKind::RootMissing) => Ok(false),
-        read => Ok(read?.is_some()),
-    }
-}
-
 /// `--create`: what is there is the beginning.
 async fn adopt(
-    world: &World,
+    cluster: &ClusterConfig,
     options: &ClusterOptions,
-    backend: &Arc<dyn Backend>,
+    looks: &[Look],
     met: &mut Met,
-    had: &[(Lineage, LineageFile)],
 ) -> Result<(Archive, LineageFile), Failure> {
-    if !had.is_empty() {
-        // Nothing to adopt: the same refusals as without --create.
-        return startup::open_lineage(world, options, &met.server, met.found.presence()).await;
-    }
     let server = &met.server;
     let held_from = match met.found {
         Found::Usable { restart_lsn } => restart_lsn,
@@ -307,39 +403,60 @@ async fn adopt(
     // WAL of an ancestor may be gone from the server; the child's first segment repeats what it shares with it.
     let begin = server.history.begin_of(server.identity.timeline).unwrap_or(Lsn::ZERO);
     let start = held_from.max(begin).min(server.identity.flush_lsn);
-    backend.create_root().await?;
     let server = Server { identity: SystemIdentity { flush_lsn: start, ..server.identity }, ..server.clone() };
-    let repository_exists = store::read_repository(backend.as_ref()).await?.is_some();
     let lineage = Lineage::new(&options.name, server.identity.system_id, 1);
-    startup::create_lineage(world, options, &server, lineage, repository_exists).await
+    create_in_first(cluster, options, looks, &server, lineage).await
 }
 
 /// `--new-lineage`: apart from everything there is. One that is still empty is taken, so that this can be repeated.
 async fn new_lineage(
-    world: &World,
+    cluster: &ClusterConfig,
     options: &ClusterOptions,
-    backend: &Arc<dyn Backend>,
+    looks: &[Look],
     server: &Server,
-    had: &[(Lineage, LineageFile)],
 ) -> Result<(Archive, LineageFile), Failure> {
+    let had = repositories::all_lineages(looks);
     if had.is_empty() {
-        let message = format!("{} holds no lineage of cluster {} yet", world.backend.describe(), options.name);
+        let locations: Vec<String> = looks.iter().map(|look| look.backend.describe()).collect();
+        let message = format!("{} holds no lineage of cluster {} yet", locations.join(" or "), options.name);
         return Err(Failure::new(ExitCode::Config, message).hint("begin the first one with `seawall init --apply`"));
     }
-    let ordinal = match newest_of(server.identity.system_id, had) {
+    let ordinal = match newest_of(server.identity.system_id, &had) {
         None => 1,
         Some((lineage, file)) => {
-            let archive = Archive::new(world.backend.clone(), lineage.clone());
-            let (_, directories) = archive.wal_listing().await?;
-            if directories.is_empty() && archive.epochs().await?.is_empty() {
-                return Ok((archive, file.clone()));
+            if is_unused(looks, lineage).await? {
+                return Ok((holder_of(looks, lineage.system_id).archive(lineage), file.clone()));
             }
             lineage.ordinal + 1
         }
     };
-    let repository_exists = store::read_repository(backend.as_ref()).await?.is_some();
     let lineage = Lineage::new(&options.name, server.identity.system_id, ordinal);
-    startup::create_lineage(world, options, server, lineage, repository_exists).await
+    create_in_first(cluster, options, looks, server, lineage).await
+}
+
+/// Whether nobody has written to a lineage, in any repository.
+async fn is_unused(looks: &[Look], lineage: &Lineage) -> Result<bool, Failure> {
+    for look in looks.iter().filter(|look| look.file_of(lineage).is_some()) {
+        let archive = look.archive(lineage);
+        let (_, directories) = archive.wal_listing().await?;
+        if !directories.is_empty() || !archive.epochs().await?.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+async fn create_in_first(
+    cluster: &ClusterConfig,
+    options: &ClusterOptions,
+    looks: &[Look],
+    server: &Server,
+    lineage: Lineage,
+) -> Result<(Archive, LineageFile), Failure> {
+    let first = &looks[0];
+    first.backend.create_root().await?;
+    let exists = store::read_repository(first.backend.as_ref()).await?.is_some();
+    startup::create_lineage(&world_of(cluster, first), options, server, lineage, exists).await
 }
 
 fn newest_of(system_id: SystemId, had: &[(Lineage, LineageFile)]) -> Option<&(Lineage, LineageFile)> {

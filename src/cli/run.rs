@@ -20,6 +20,7 @@ use crate::wal::Lsn;
 
 pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     let (clusters, http) = setup::clusters_and_http(global)?;
+    let spool = setup::spool_share(global)?;
     let workers = Workers::threads(setup::cores());
     let assignments: Vec<Assignment> = clusters
         .iter()
@@ -30,7 +31,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
             }
             Ok(Assignment {
                 world,
-                options: setup::options(cluster)?,
+                options: setup::options(cluster, spool.clone())?,
                 repositories: cluster.repositories.iter().map(|repository| repository.name.clone()).collect(),
                 required: cluster.required,
             })

@@ -12,12 +12,14 @@ use tokio::runtime;
 use super::args::Global;
 use crate::agent::world::{ClusterOptions, LoginSource, World};
 use crate::archiver::Workers;
+use crate::codec::encrypt::Keys;
 use crate::config::{ArchiveConfig, ClusterConfig, Config, HttpConfig, Loaded, Location, RepositoryConfig, Sources};
-use crate::error::{ExitCode, Failure};
+use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend, MeteredBackend};
+use crate::repository::{Backend, LocalBackend, MeteredBackend, S3Backend, StoreErrorKind};
+use crate::spool::SpoolOptions;
 use crate::telemetry::meters::StoreMeter;
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
@@ -53,6 +55,18 @@ pub fn clusters_and_http(global: &Global) -> Result<(Vec<ClusterConfig>, Option<
     Ok((clusters, config.http))
 }
 
+/// Each cluster's share of the spool: all that are configured have one, also those another process serves.
+pub fn spool_share(global: &Global) -> Result<Option<SpoolOptions>, Failure> {
+    let flags = global.flags();
+    let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
+    let config = Config::load(sources)?.config;
+    let share = |bytes: u64| bytes / config.clusters.len() as u64;
+    Ok(config
+        .spool
+        .as_ref()
+        .map(|spool| SpoolOptions { path: spool.path.clone(), limit_bytes: share(spool.limit_bytes) }))
+}
+
 /// The one cluster a verb is about.
 pub fn cluster(global: &Global) -> Result<ClusterConfig, Failure> {
     let loaded = load(global)?;
@@ -69,7 +83,7 @@ pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
 pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     match &repository.location {
         Location::Local(path) => Arc::new(LocalBackend::open(path.clone())),
-        Location::S3(_) => unimplemented!("S3"),
+        Location::S3(options) => Arc::new(S3Backend::open(options.clone())),
     }
 }
 
@@ -95,14 +109,17 @@ pub fn metered(world: World, cluster: &ClusterConfig) -> World {
     World { backend: Arc::new(MeteredBackend::new(world.backend, meter)), ..world }
 }
 
-pub fn options(cluster: &ClusterConfig) -> Result<ClusterOptions, Failure> {
+pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<ClusterOptions, Failure> {
     Ok(ClusterOptions {
         name: cluster.name.clone(),
         slot: slot_name(cluster)?,
         tail_interval: cluster.tail_interval,
         shutdown_grace: cluster.shutdown_grace,
         memory_bytes: cluster.memory_bytes,
+        acknowledge: cluster.acknowledge,
+        spool,
         synchronous: cluster.synchronous,
+        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: None },
         host: host_name(),
     })
 }
@@ -170,16 +187,26 @@ fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Re
     Ok(result)
 }
 
-/// Removes what killed writers left unfinished in local repositories, once the agent is under way.
+/// Removes what killed writers left unfinished in repositories, once the agent is under way.
 pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
     /// No upload takes longer; a younger file may be another agent's.
     const AGE: Duration = Duration::from_secs(24 * 3600);
-    for cluster in clusters {
-        let Location::Local(root) = cluster.repositories[0].location.clone() else { continue };
-        match LocalBackend::open(root).clean_debris(AGE).await {
+    let mut seen = BTreeSet::new();
+    for repository in clusters.iter().flat_map(|cluster| &cluster.repositories) {
+        if !seen.insert(repository.url.clone()) {
+            continue;
+        }
+        let cleaned = match repository.location.clone() {
+            Location::Local(root) => LocalBackend::open(root).clean_debris(AGE).await,
+            Location::S3(options) => S3Backend::open(options).clean_debris(AGE).await,
+        };
+        match cleaned {
             Ok(0) => {}
-            Ok(files) => tracing::info!(files, repository = cluster.repositories[0].url, "removed unfinished files"),
-            Err(error) => tracing::debug!(%error, "unfinished files stay"),
+            Ok(count) => tracing::info!(count, repository = repository.url, "removed unfinished files or uploads"),
+            Err(error) if error.is(StoreErrorKind::PermissionDenied) => {
+                tracing::info!(%error, hint = error.hint(), "unfinished uploads stay");
+            }
+            Err(error) => tracing::debug!(%error, "unfinished files or uploads stay"),
         }
     }
 }

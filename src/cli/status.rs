@@ -1,26 +1,27 @@
 //! Owns: `status`: what is true of each cluster now, from its repository and, where it answers, its server.
 //! Does not own: what the agent knows by itself: where one answers, its word is shown (`source` says what was asked).
 
-use std::sync::Arc;
-
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::args::{Global, StatusArgs};
+use super::repositories::{self, Copy, Look};
 use super::server::{self, ServerFacts};
 use super::{Verdict, output, setup};
 use crate::archiver::Workers;
-use crate::catalog::store::{self, Archive};
+use crate::catalog::{Catalog, Holdings};
 use crate::config::{ClusterConfig, HttpConfig};
 use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
 use crate::monitor::{self, client};
-use crate::repository::Backend;
+use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
 use crate::wal::{Lsn, Proof, SystemId};
 
 /// A loss of more than this, while the agent streams, is worth a word: a tail's upload starts after seconds.
 const RPO_SECONDS_MAX: f64 = 60.0;
+/// A repository this many segments behind the furthest one is worth a word: less is the segment under way.
+const SEGMENTS_BEHIND_MAX: u64 = 2;
 
 #[derive(Debug, Serialize)]
 struct Answer {
@@ -60,6 +61,7 @@ struct ClusterStatus {
 struct RepositoryStatus {
     name: String,
     frontier_lsn: Option<Lsn>,
+    /// `ok`, `behind`, `incomplete` (others hold what it lacks), `empty` or `unavailable`.
     state: &'static str,
 }
 
@@ -154,7 +156,10 @@ async fn status(cluster: &ClusterConfig) -> Result<ClusterStatus, Failure> {
     let slot = setup::slot_name(cluster)?;
     let mut status = ClusterStatus {
         name: cluster.name.clone(),
-        acknowledge: "repository",
+        acknowledge: match cluster.acknowledge {
+            Acknowledge::Repository => "repository",
+            Acknowledge::Spool => "spool",
+        },
         slot: SlotStatus { name: slot.to_string(), ..SlotStatus::default() },
         ..ClusterStatus::default()
     };
@@ -164,8 +169,8 @@ async fn status(cluster: &ClusterConfig) -> Result<ClusterStatus, Failure> {
         Err(failure) => status.finding(Health::Degraded, format!("the server does not answer: {failure}")),
     }
     let system_id = server.as_ref().ok().and_then(|facts| facts.system_id);
-    let stored = look(&world.backend, &cluster.name, system_id).await;
-    add_repository(&mut status, &cluster.repositories[0].name, stored);
+    let looks = repositories::look(&cluster.repositories, &cluster.name).await;
+    add_repositories(&mut status, &looks, cluster.required, system_id).await;
     add_loss(&mut status, world.clock.now());
     Ok(status)
 }
@@ -214,83 +219,120 @@ fn add_server(status: &mut ClusterStatus, facts: &ServerFacts) {
     }
 }
 
-/// What a repository holds of a cluster.
-struct Stored {
-    lineage: Lineage,
-    timeline: u32,
-    frontier: Option<Run>,
-    open_gaps: usize,
-    conflicts: usize,
-    /// The newest segment is of a WAL format this program cannot read: stored, but not checked.
-    is_unproven: bool,
+/// The lineage that counts: the server's newest, where the server is known.
+fn newest(looks: &[Look], system_id: Option<SystemId>) -> Option<Lineage> {
+    let lineages = repositories::all_lineages(looks).into_iter();
+    let ours = lineages.filter(|(lineage, _)| system_id.is_none_or(|id| lineage.system_id == id));
+    ours.max_by_key(|(lineage, file)| (file.created, lineage.ordinal)).map(|(lineage, _)| lineage)
 }
 
-/// Looks at the newest lineage: the server's, where it is known.
-async fn look(
-    backend: &Arc<dyn Backend>,
-    cluster: &str,
-    system_id: Option<SystemId>,
-) -> Result<Option<Stored>, Failure> {
-    if store::read_repository(backend.as_ref()).await?.is_none() {
-        return Ok(None);
-    }
-    let lineages = store::lineages(backend.as_ref(), cluster).await?;
-    let ours = lineages.into_iter().filter(|(lineage, _)| system_id.is_none_or(|id| lineage.system_id == id));
-    let Some((lineage, _)) = ours.max_by_key(|(lineage, file)| (file.created, lineage.ordinal)) else {
-        return Ok(None);
+async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: usize, system_id: Option<SystemId>) {
+    let lineage = newest(looks, system_id);
+    let (copies, unread) = match &lineage {
+        Some(lineage) => repositories::copies(looks, lineage).await,
+        None => (Vec::new(), Vec::new()),
     };
-    let catalog = Archive::new(backend.clone(), lineage.clone()).load_catalog().await?;
-    let newest = catalog.timelines.keys().next_back().copied().unwrap_or(catalog.file.start_timeline);
-    let gaps = continuity::gaps(&catalog);
-    let of_newest = catalog.timelines.get(&newest).into_iter().flatten();
-    let newest_entry = of_newest.filter_map(|directory| directory.entries.values().next_back()).next_back();
-    let directories = catalog.timelines.values().flatten();
-    Ok(Some(Stored {
-        lineage,
-        timeline: newest.0,
-        frontier: continuity::runs(newest, catalog.pieces(newest)).pop(),
-        open_gaps: gaps.iter().filter(|gap| gap.state == GapState::Open).count(),
-        conflicts: directories.map(|directory| directory.conflicts.len() + directory.disputed.len()).sum(),
-        is_unproven: newest_entry.is_some_and(|entry| entry.summary.proof == Proof::Unproven),
-    }))
+    let is_enough = copies.len() >= required.max(1);
+    for look in looks {
+        let name = &look.config.name;
+        let failure = unread.iter().find(|unread| unread.repository == *name).map(|unread| unread.failure.clone());
+        let state = match look.readable().err().or(failure) {
+            _ if copies.iter().any(|copy| copy.repository == name) => "ok",
+            Some(failure) => {
+                // Without the others nothing more is made durable: with them, only the second copy is missing.
+                let health = if is_enough { Health::Degraded } else { Health::Failing };
+                status.finding(health, format!("repository {name} cannot be read: {failure}"));
+                let answers = look.found.as_ref().is_ok_and(|found| found.missing.is_none());
+                if answers && look.lineages().is_empty() { "empty" } else { "unavailable" }
+            }
+            None => {
+                status.finding(Health::Failing, format!("repository {name} holds nothing of this cluster"));
+                "empty"
+            }
+        };
+        status.repositories.push(RepositoryStatus { name: name.clone(), frontier_lsn: None, state });
+    }
+    let Some(lineage) = lineage.filter(|_| !copies.is_empty()) else { return };
+    match repositories::union(&lineage, &copies) {
+        Ok(all) => add_union(status, &all, &copies, required),
+        Err(failure) => status.finding(Health::Failing, failure.message),
+    }
 }
 
-fn add_repository(status: &mut ClusterStatus, name: &str, stored: Result<Option<Stored>, Failure>) {
-    let mut shown = RepositoryStatus { name: name.to_string(), frontier_lsn: None, state: "ok" };
-    match stored {
-        Err(failure) => {
-            shown.state = "unavailable";
-            status.finding(Health::Failing, format!("repository {name} cannot be read: {failure}"));
+/// What the repositories that can be read hold together, and each by itself.
+fn add_union(status: &mut ClusterStatus, all: &Holdings, copies: &[Copy<'_>], required: usize) {
+    let system_id = copies[0].catalog.lineage.system_id;
+    status.system_id.get_or_insert_with(|| system_id.to_string());
+    let newest = all.pieces.keys().next_back().copied().unwrap_or(all.start_timeline);
+    status.timeline.get_or_insert(newest.0);
+    let frontier_of = |held: &Holdings| continuity::all_runs(held).pop();
+    let furthest = frontier_of(all);
+    let mut frontiers: Vec<Run> = Vec::new();
+    for copy in copies {
+        let held = Holdings::of(&copy.catalog);
+        let frontier = frontier_of(&held);
+        let lacks = continuity::lacks(all, &held).len();
+        let behind = bytes_behind(frontier.as_ref(), furthest.as_ref());
+        let mut state = "ok";
+        if behind > SEGMENTS_BEHIND_MAX * all.segment_size.bytes() {
+            state = "behind";
+            let text = format!("repository {} is {} behind", copy.repository, output::size(behind));
+            status.finding(Health::Degraded, text);
         }
-        Ok(None) => {
-            shown.state = "empty";
-            status.finding(Health::Failing, format!("repository {name} holds nothing of this cluster"));
+        if lacks > 0 {
+            state = "incomplete";
+            let text =
+                format!("repository {} lacks {lacks} range(s) that others hold: see `seawall gaps`", copy.repository);
+            status.finding(Health::Degraded, text);
         }
-        Ok(Some(stored)) => {
-            status.system_id.get_or_insert_with(|| stored.lineage.system_id.to_string());
-            status.timeline.get_or_insert(stored.timeline);
-            status.gaps = Some(stored.open_gaps);
-            shown.frontier_lsn = stored.frontier.as_ref().map(|run| run.to);
-            status.durable_lsn = shown.frontier_lsn;
-            status.last_commit = stored.frontier.as_ref().and_then(|run| run.last_commit);
-            if stored.open_gaps > 0 {
-                let text = format!("{} open gap(s) in the archive: see `seawall gaps`", stored.open_gaps);
-                status.finding(Health::Degraded, text);
-            }
-            if stored.conflicts > 0 {
-                let text = format!("{} segment(s) with two different contents: see the ledger", stored.conflicts);
-                status.finding(Health::Failing, text);
-            }
-            if stored.is_unproven {
-                let text = "unproven: the WAL is stored as it came; this seawall cannot read the format of its pages";
-                status.finding(Health::Degraded, text);
-            }
-            if stored.frontier.is_none() {
-                status.finding(Health::Degraded, "nothing is durable yet");
-            }
-        }
+        let shown = status.repositories.iter_mut().find(|shown| shown.name == copy.repository);
+        let shown = shown.expect("every repository is shown");
+        (shown.frontier_lsn, shown.state) = (frontier.as_ref().map(|run| run.to), state);
+        frontiers.extend(frontier);
     }
-    status.repositories.push(shown);
+    // Durable is what as many repositories hold as have to.
+    frontiers.sort_by_key(|run| std::cmp::Reverse((run.timeline, run.to)));
+    if let Some(durable) = frontiers.get(required.saturating_sub(1)) {
+        (status.durable_lsn, status.last_commit) = (Some(durable.to), durable.last_commit);
+    } else if furthest.is_none() {
+        status.finding(Health::Degraded, "nothing is durable yet");
+    }
+    let open_gaps = continuity::gaps_of(all).iter().filter(|gap| gap.state == GapState::Open).count();
+    status.gaps = Some(open_gaps);
+    if open_gaps > 0 {
+        status.finding(Health::Degraded, format!("{open_gaps} open gap(s) in the archive: see `seawall gaps`"));
+    }
+    let conflicts = conflicts(all, copies);
+    if conflicts > 0 {
+        let text = format!("{conflicts} segment(s) with two different contents: see the ledger");
+        status.finding(Health::Failing, text);
+    }
+    if copies.iter().any(|copy| is_unproven(&copy.catalog)) {
+        let text = "unproven: the WAL is stored as it came; this seawall cannot read the format of its pages";
+        status.finding(Health::Degraded, text);
+    }
+}
+
+/// On an older timeline it is behind by an unknown amount: it has yet to begin with the newest.
+fn bytes_behind(frontier: Option<&Run>, furthest: Option<&Run>) -> u64 {
+    match (frontier, furthest) {
+        (Some(frontier), Some(furthest)) => furthest.to.saturating_distance(frontier.to),
+        _ => 0,
+    }
+}
+
+fn conflicts(all: &Holdings, copies: &[Copy<'_>]) -> usize {
+    let directories = copies.iter().flat_map(|copy| copy.catalog.timelines.values().flatten());
+    let mut names = all.disputed.clone();
+    names.extend(directories.flat_map(|directory| directory.conflicts.keys().copied()));
+    names.len()
+}
+
+/// The newest segment is of a WAL format this program cannot read: stored, but not checked.
+fn is_unproven(catalog: &Catalog) -> bool {
+    let newest = catalog.timelines.values().next_back().into_iter().flatten();
+    let entry = newest.filter_map(|directory| directory.entries.values().next_back()).next_back();
+    entry.is_some_and(|entry| entry.summary.proof == Proof::Unproven)
 }
 
 /// What would be lost if the server burned now: everything since the last durable commit, or nothing.
@@ -309,6 +351,15 @@ fn add_loss(status: &mut ClusterStatus, now: Timestamp) {
 }
 
 impl ClusterStatus {
+    /// How many repositories can be read, where there are several.
+    fn in_repositories(&self) -> String {
+        let readable = |shown: &&RepositoryStatus| !matches!(shown.state, "empty" | "unavailable");
+        match self.repositories.len() {
+            0 | 1 => String::new(),
+            all => format!(" ({} of {all} repositories)", self.repositories.iter().filter(readable).count()),
+        }
+    }
+
     fn to_text(&self) -> String {
         let state = match self.state {
             Some("stopped") => "not streaming",
@@ -319,12 +370,15 @@ impl ClusterStatus {
         let lag = self.lag_bytes.map_or("unknown".to_string(), output::size);
         let slot = self.slot.wal_status.as_deref().unwrap_or("unknown");
         let safe = self.slot.safe_wal_bytes.map(|bytes| format!(" ({} left)", output::size(bytes.max(0) as u64)));
-        let durable = self.durable_lsn.map_or("nothing".to_string(), |lsn| lsn.to_string());
+        let is_known = self.repositories.iter().all(|shown| shown.frontier_lsn.is_none());
+        let none = if is_known { "nothing" } else { "unknown" };
+        let durable = self.durable_lsn.map_or(none.to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, open gaps {gaps}",
             self.name,
             self.health.word(),
+            self.in_repositories(),
             safe.unwrap_or_default(),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));

@@ -1,23 +1,21 @@
-//! Owns: `wal-get`: which archive and which lineage a `restore_command` is about.
+//! Owns: `wal-get`: which repositories, which keys and which lineage a `restore_command` is about.
 //! Does not own: what is delivered, absent or a hole (`restore/wal_get.rs`), the exit code's contract (`mod.rs`).
 
 use std::future::Future;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use super::args::{Global, WalGetArgs};
-use super::{Verdict, setup};
-use crate::catalog::lineage::LineageFile;
-use crate::catalog::store::{self, Archive};
-use crate::config::ArchiveConfig;
+use super::repositories::{self, Look};
+use super::{Verdict, keys, setup};
+use crate::catalog::store::Archive;
+use crate::config::{ArchiveConfig, RepositoryConfig};
 use crate::error::{Disposition, ExitCode, Failure};
-use crate::repository::Backend;
 use crate::repository::layout::Lineage;
-use crate::restore::wal_get::{Outcome, PathChoice, WalGet, read_system_id};
+use crate::restore::wal_get::{Holder, Outcome, PathChoice, WalGet, read_system_id};
 use crate::wal::SystemId;
 
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
@@ -35,11 +33,16 @@ pub fn run(global: &Global, args: &WalGetArgs) -> Result<Verdict, Failure> {
 }
 
 async fn deliver(config: &ArchiveConfig, args: &WalGetArgs) -> Result<Outcome, Failure> {
-    let backend: Arc<dyn Backend> = setup::backend(&config.repositories[0]);
-    let lineage = patiently(args.patience, || lineage(backend.as_ref(), &config.cluster, args)).await?;
+    let keys = keys::reading(config.identity_file.as_deref())?;
+    let repositories = repositories::nearest_first(&config.repositories);
+    let lineage = patiently(args.patience, || lineage(&repositories, &config.cluster, args)).await?;
+    let holder = |repository: &RepositoryConfig| Holder {
+        repository: repository.name.clone(),
+        archive: Archive::new(setup::backend(repository), lineage.clone()).with_keys(keys.clone()),
+    };
     let path = args.timeline.map_or(PathChoice::Latest, PathChoice::Timeline);
-    let wal_get = WalGet { patience: args.patience, ..WalGet::new(Archive::new(backend.clone(), lineage), path) };
-    Ok(wal_get.get(&args.name, &args.dest).await?)
+    let wal_get = WalGet::new(repositories.iter().map(holder).collect(), path);
+    Ok(WalGet { patience: args.patience, ..wal_get }.get(&args.name, &args.dest).await?)
 }
 
 /// Asks again while the store may answer in a moment.
@@ -60,45 +63,40 @@ where
     }
 }
 
-/// The lineage that is named, else the newest of the system whose data directory this is, else the cluster's newest.
-async fn lineage(backend: &dyn Backend, cluster: &str, args: &WalGetArgs) -> Result<Lineage, Failure> {
-    let location = backend.describe();
-    if store::read_repository(backend).await?.is_none() {
-        return Err(Failure::new(ExitCode::Config, format!("{location} holds no repository of seawall's"))
-            .hint("is `url` (or --repository) the right one, and is the volume mounted?"));
-    }
+/// The lineage that is named, else the newest of the system whose data directory this is, else the cluster's newest:
+/// of those that any repository holds that can be read. Whether all can be is asked again for each answer.
+async fn lineage(repositories: &[RepositoryConfig], cluster: &str, args: &WalGetArgs) -> Result<Lineage, Failure> {
     if let Some(name) = &args.lineage {
         return Lineage::parse(cluster, name).ok_or_else(|| {
             Failure::new(ExitCode::Usage, format!("{name:?} is not a lineage's name"))
                 .hint("it is a directory below the cluster's: <system-id> or <system-id>-<n>")
         });
     }
-    let lineages = store::lineages(backend, cluster).await?;
-    let names = names(&lineages);
+    let looks = repositories::look(repositories, cluster).await;
+    let lineages = repositories::all_lineages(&looks);
     let found = match system_id(Path::new("."))? {
         Some(id) => {
-            let ours = lineages.into_iter().filter(|(lineage, _)| lineage.system_id == id);
-            let newest = ours.max_by_key(|(lineage, _)| lineage.ordinal);
-            newest.ok_or_else(|| no_lineage(format!("nothing of system {id} for cluster {cluster}"), &location, &names))
+            let ours = lineages.iter().filter(|(lineage, _)| lineage.system_id == id);
+            ours.max_by_key(|(lineage, _)| lineage.ordinal)
+                .ok_or_else(|| no_lineage(format!("nothing of system {id} for cluster {cluster}"), &looks))
         }
-        None => {
-            let newest = lineages.into_iter().next_back();
-            newest.ok_or_else(|| no_lineage(format!("nothing for cluster {cluster}"), &location, &names))
-        }
+        None => lineages.last().ok_or_else(|| no_lineage(format!("nothing for cluster {cluster}"), &looks)),
     };
-    found.map(|(lineage, _)| lineage)
+    found.map(|(lineage, _)| lineage.clone())
 }
 
-fn names(lineages: &[(Lineage, LineageFile)]) -> String {
-    let names: Vec<String> = lineages.iter().map(|(lineage, _)| lineage.directory_name()).collect();
-    names.join(", ")
-}
-
-fn no_lineage(what: String, location: &str, names: &str) -> Failure {
-    let failure = Failure::new(ExitCode::Config, format!("{location} holds {what}"));
-    match names {
-        "" => failure.hint("is --cluster right, and is `url` (or --repository) the right one?"),
-        names => failure.hint(format!("name one with --lineage: {names}")),
+/// One that cannot be read may have it.
+fn no_lineage(what: String, looks: &[Look]) -> Failure {
+    if let Some(unreadable) = looks.iter().find_map(|look| look.readable().err()) {
+        return unreadable;
+    }
+    let locations: Vec<String> = looks.iter().map(|look| look.backend.describe()).collect();
+    let names: Vec<String> =
+        repositories::all_lineages(looks).iter().map(|(lineage, _)| lineage.directory_name()).collect();
+    let failure = Failure::new(ExitCode::Config, format!("{} holds {what}", locations.join(" or ")));
+    match names.is_empty() {
+        true => failure.hint("is --cluster right, and is `url` (or --repository) the right one?"),
+        false => failure.hint(format!("name one with --lineage: {}", names.join(", "))),
     }
 }
 

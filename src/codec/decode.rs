@@ -7,6 +7,8 @@
 
 use std::io;
 
+use super::Form;
+use super::encrypt::{DecryptError, Decryptor, Identities};
 use zstd::stream::raw::{Decoder, InBuffer, Operation, OutBuffer};
 use zstd::zstd_safe::DParameter;
 
@@ -31,8 +33,53 @@ pub enum DecodeError {
     Truncated { offset: u64 },
     #[error("it decodes to {found} bytes, expected {expected}")]
     TooShort { found: u64, expected: u64 },
+    #[error(transparent)]
+    Decrypt(#[from] DecryptError),
     #[error("could not hand over decoded bytes: {0}")]
     Sink(#[from] io::Error),
+}
+
+impl DecodeError {
+    /// Whether another key, rather than another object, is what is needed.
+    pub fn is_about_keys(&self) -> bool {
+        matches!(self, DecodeError::Decrypt(error) if error.is_about_keys())
+    }
+}
+
+/// Decodes a stored object of either form.
+#[derive(Debug)]
+pub struct ObjectDecoder {
+    decryptor: Option<Decryptor>,
+    frames: FrameDecoder,
+}
+
+impl ObjectDecoder {
+    /// A decoder of an object that holds exactly `expected` raw bytes. What is encrypted needs an identity.
+    pub fn new(form: Form, identities: Option<&Identities>, expected: u64) -> Result<ObjectDecoder, DecodeError> {
+        let decryptor = match form {
+            Form::Plain => None,
+            Form::Encrypted => Some(Decryptor::new(identities.ok_or(DecryptError::NoIdentity)?)),
+        };
+        Ok(ObjectDecoder { decryptor, frames: FrameDecoder::new(expected)? })
+    }
+
+    /// Takes the next stored bytes. After an error the decoder is of no more use, and so is what the sink got.
+    pub fn feed(&mut self, stored: &[u8], sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), DecodeError> {
+        let frames = &mut self.frames;
+        match &mut self.decryptor {
+            None => frames.feed(stored, sink),
+            Some(decryptor) => decryptor.feed(stored, &mut |plain: &[u8]| frames.feed(plain, sink)),
+        }
+    }
+
+    /// The last bytes go to the sink; then the CRC-32 of all raw bytes, if the object was complete.
+    pub fn finish(mut self, sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<u32, DecodeError> {
+        if let Some(decryptor) = self.decryptor.take() {
+            let frames = &mut self.frames;
+            decryptor.finish(&mut |plain: &[u8]| frames.feed(plain, sink))?;
+        }
+        self.frames.finish()
+    }
 }
 
 /// Decodes an object that is fed in pieces of any size; decoded bytes go to a sink at once.
@@ -193,6 +240,24 @@ pub fn decode_exact(stored: &[u8], expected: usize) -> Result<(Vec<u8>, u32), De
         Ok(())
     })?;
     Ok((raw, decoder.finish()?))
+}
+
+/// The first zstd frame of `stored`, which may go on behind it: its raw bytes, and how many stored bytes it takes.
+/// It holds at most [`FRAME_BYTES`](super::FRAME_BYTES) and must have a checksum.
+pub fn decode_first(stored: &[u8]) -> Result<(Vec<u8>, usize), DecodeError> {
+    match stored.get(..HEADER_BYTES) {
+        None => return Err(DecodeError::Truncated { offset: 0 }),
+        Some(header) if header[..4] != MAGIC => return Err(DecodeError::NotAFrame { offset: 0 }),
+        Some(header) if header[4] & 0b0000_0100 == 0 => {
+            return Err(DecodeError::Refused { offset: 0, fault: "has no checksum" });
+        }
+        Some(_) => {}
+    }
+    let length =
+        zstd::zstd_safe::find_frame_compressed_size(stored).map_err(|_| DecodeError::Truncated { offset: 0 })?;
+    let raw = zstd::bulk::decompress(&stored[..length], super::FRAME_BYTES)
+        .map_err(|source| DecodeError::Frame { offset: 0, source })?;
+    Ok((raw, length))
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! Compression: raw WAL to zstd frames and back. Every object is what `zstd -d` reads.
+//! Compression and encryption: raw WAL to zstd frames and back, in an age stream where recipients are configured.
+//! Every object is what `zstd -d`, or `age -d | zstd -d`, reads.
 //!
 //! Owns: frame size, level, checksums of frames; bounded decoding of bytes from a store.
 //! Does not own: threads (`archiver/workers.rs`), names, storage. Pure.
@@ -8,3 +9,13 @@ mod encode;
 pub mod encrypt;
 
 pub use encode::{Crc32Parts, EncodedFrame, Encoder, FRAME_BYTES, LEVEL_DEFAULT};
+
+/// How the stored bytes of an object are made from its raw ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Form {
+    /// zstd frames.
+    #[default]
+    Plain,
+    /// One age stream over the zstd frames.
+    Encrypted,
+}

@@ -10,8 +10,9 @@ use std::time::Duration;
 use super::environment::Environment;
 use super::error::ConninfoError;
 use super::passfile::{Passfile, Wanted};
+use super::security;
 use super::settings::Settings;
-use crate::replication::{Address, Login, SessionKind, SslMode};
+use crate::replication::{Address, Login, Security, SessionKind, SslMode};
 use crate::secret::Secret;
 
 /// Debian's libpq looks for the socket here.
@@ -60,6 +61,7 @@ pub struct Conninfo {
     password_file: Option<PathBuf>,
     passfile: Option<PathBuf>,
     ssl_mode: SslMode,
+    security: Security,
     application_name: String,
     options: String,
     connect_timeout: Duration,
@@ -81,16 +83,18 @@ impl Conninfo {
         let settings = Settings::gather(text, environment)?;
         settings.refuse_unavailable()?;
         let application_name = settings.application_name()?;
+        let (ssl_mode, security) = security::read(&settings, environment)?;
         Ok(Conninfo {
             written: settings.written(),
-            hosts: hosts(&settings, environment)?,
+            hosts: hosts(&settings, ssl_mode, environment)?,
             user: user(&settings, environment)?,
             database: settings.filled("dbname").map(str::to_string),
             password: settings.get("password").map(|setting| Secret::new(setting.value.as_str())),
             password_in_string: settings.is_written("password"),
             password_file: None,
             passfile: settings.filled("passfile").map(PathBuf::from),
-            ssl_mode: settings.ssl_mode()?,
+            ssl_mode,
+            security,
             application_name,
             options: settings.filled("options").unwrap_or_default().to_string(),
             connect_timeout: settings.connect_timeout()?,
@@ -110,7 +114,6 @@ impl Conninfo {
     /// One login per host, with the passwords valid now: files and variables are read anew on every call.
     pub fn logins(&self, purpose: Purpose, environment: &dyn Environment) -> Result<Logins, ConninfoError> {
         let mut warnings = Vec::new();
-        self.warn_of_root_certificate(environment, &mut warnings);
         let passwords = self.passwords(purpose, environment, &mut warnings)?;
         let kind = match purpose {
             Purpose::Physical => SessionKind::Physical,
@@ -127,6 +130,7 @@ impl Conninfo {
             address: host.address.clone(),
             // PostgreSQL never speaks TLS on a Unix socket, whatever sslmode says.
             ssl_mode: if unix { SslMode::Disable } else { self.ssl_mode },
+            security: self.security.clone(),
             user: self.user.clone(),
             password,
             kind,
@@ -178,23 +182,6 @@ impl Conninfo {
     fn wanted<'a>(&'a self, host: &'a Host, database: &'a str) -> Wanted<'a> {
         let (Address::Tcp { port, .. } | Address::Unix { port, .. }) = host.address;
         Wanted { host: &host.passfile_name, port, database, user: &self.user }
-    }
-
-    /// libpq verifies with `require`, too, when this file is there; we cannot, and say so.
-    fn warn_of_root_certificate(&self, environment: &dyn Environment, warnings: &mut Vec<String>) {
-        let tcp = self.hosts.iter().any(|host| matches!(host.address, Address::Tcp { .. }));
-        if self.ssl_mode != SslMode::Require || !tcp {
-            return;
-        }
-        let Some(home) = environment.home() else { return };
-        let path = home.join(".postgresql/root.crt");
-        if environment.read(&path).is_ok() {
-            warnings.push(format!(
-                "{} is not used: with sslmode=require this version encrypts, but does not verify the server's \
-                 certificate as libpq would",
-                path.display()
-            ));
-        }
     }
 
     pub fn target_session_attrs(&self) -> TargetSessionAttrs {
@@ -298,7 +285,7 @@ fn user(settings: &Settings, environment: &dyn Environment) -> Result<String, Co
 }
 
 /// Joins the lists of names, addresses and ports: equally long, but one port may serve all.
-fn hosts(settings: &Settings, environment: &dyn Environment) -> Result<Vec<Host>, ConninfoError> {
+fn hosts(settings: &Settings, ssl_mode: SslMode, environment: &dyn Environment) -> Result<Vec<Host>, ConninfoError> {
     let names = settings.list("host");
     let addresses = settings.list("hostaddr");
     let count = if settings.filled("hostaddr").is_some() { addresses.len() } else { names.len() };
@@ -313,6 +300,9 @@ fn hosts(settings: &Settings, environment: &dyn Environment) -> Result<Vec<Host>
     let one = |i: usize| {
         let port = port(settings, ports[if ports.len() == 1 { 0 } else { i }])?;
         let (name, address) = (names.get(i).unwrap_or(&""), addresses.get(i).unwrap_or(&""));
+        if ssl_mode == SslMode::VerifyFull && name.trim().is_empty() && !address.trim().is_empty() {
+            return Err(settings.invalid("hostaddr", "host beside it, the name sslmode=verify-full looks for"));
+        }
         host(settings, name.trim(), address.trim(), port, environment)
     };
     (0..count).map(one).collect()
@@ -359,6 +349,7 @@ mod tests {
     use super::super::environment::MemoryEnvironment;
     use super::*;
     use crate::error::Advice;
+    use crate::replication::{AuthPolicy, CertMode, ChannelBinding, Roots, TlsVersion};
 
     fn parse(text: &str) -> Conninfo {
         Conninfo::parse(text, &MemoryEnvironment::new()).unwrap()
@@ -461,30 +452,21 @@ mod tests {
     #[test]
     fn what_is_not_built_is_refused() {
         for text in [
-            "sslmode=allow",
-            "sslmode=verify-ca",
-            "sslmode=verify-full",
-            "channel_binding=require",
-            "sslrootcert=system",
-            "sslcert=/c",
-            "sslkey=/k",
-            "sslnegotiation=direct",
+            "sslpassword=x",
             "gssencmode=require",
             "replication=database",
             "load_balance_hosts=random",
             "requirepeer=postgres",
-            "require_auth=scram-sha-256",
-            "ssl_min_protocol_version=TLSv1.3",
             "client_encoding=LATIN1",
         ] {
             assert!(refused(text).contains(" is not available in this version"), "{text}: {}", refused(text));
         }
-        let environment = MemoryEnvironment::new().with_var("PGSSLROOTCERT", "/ca");
+        let environment = MemoryEnvironment::new().with_var("PGREQUIREPEER", "me");
         assert_eq!(
             Conninfo::parse("", &environment).unwrap_err().to_string(),
-            "sslrootcert=/ca is not available in this version (asked for in the environment variable PGSSLROOTCERT)"
+            "requirepeer=me is not available in this version (asked for in the environment variable PGREQUIREPEER)"
         );
-        assert!(refused("sslmode=on").contains("expected disable, prefer or require"));
+        assert!(refused("sslmode=on").contains("expected disable, allow, prefer"));
         assert!(refused("sslmode=").contains("expected"));
         assert!(!refused("sslpassword=canary").contains("canary"));
         parse("gssencmode=prefer channel_binding=prefer load_balance_hosts=disable client_encoding=UTF8 sslcert=''");
@@ -562,13 +544,79 @@ mod tests {
     }
 
     #[test]
-    fn unverified_tls_is_said_where_libpq_would_verify() {
-        let environment = MemoryEnvironment::new().with_file("/home/tester/.postgresql/root.crt", 0o644, "x");
-        let warnings = |text: &str| parse(text).logins(Purpose::Sql, &environment).unwrap().warnings.len();
-        assert_eq!(
-            (warnings("host=db sslmode=require"), warnings("host=db"), warnings("host=/run sslmode=require")),
-            (1, 0, 0)
-        );
+    fn tls_settings_have_libpqs_defaults_and_variables() {
+        let security = parse("host=db").security;
+        let home = |name: &str| Some(PathBuf::from(format!("/home/tester/.postgresql/{name}")));
+        assert_eq!(security.roots, Roots::File(home("root.crt").unwrap()));
+        assert_eq!((security.certificate, security.key), (home("postgresql.crt"), home("postgresql.key")));
+        assert_eq!((security.crl, security.crl_default), (None, home("root.crl")));
+        let variables = [
+            ("PGSSLMODE", "verify-ca"),
+            ("PGSSLROOTCERT", "/ca"),
+            ("PGSSLCERT", "/c"),
+            ("PGSSLKEY", "/k"),
+            ("PGSSLCRL", "/l"),
+            ("PGSSLCRLDIR", "/d"),
+            ("PGSSLSNI", "0"),
+            ("PGSSLCERTMODE", "require"),
+            ("PGSSLNEGOTIATION", "direct"),
+            ("PGSSLMINPROTOCOLVERSION", "tlsv1.3"),
+            ("PGCHANNELBINDING", "require"),
+            ("PGREQUIREAUTH", "!password"),
+        ];
+        let environment =
+            variables.iter().fold(MemoryEnvironment::new(), |all, (name, value)| all.with_var(name, value));
+        let found = Conninfo::parse("host=db", &environment).unwrap();
+        assert_eq!(found.ssl_mode, SslMode::VerifyCa);
+        let path = |name: &str| Some(PathBuf::from(name));
+        let expected = Security {
+            roots: Roots::File("/ca".into()),
+            certificate: path("/c"),
+            key: path("/k"),
+            cert_mode: CertMode::Require,
+            crl: path("/l"),
+            crl_directory: path("/d"),
+            crl_default: home("root.crl"),
+            sni: false,
+            min_version: TlsVersion::V13,
+            max_version: TlsVersion::V13,
+            direct: true,
+            channel_binding: ChannelBinding::Require,
+            require_auth: AuthPolicy::parse("!password"),
+        };
+        assert_eq!(found.security, expected);
+        let emptied = Conninfo::parse("host=db sslrootcert='' sslcert='' sslnegotiation=''", &environment).unwrap();
+        assert_eq!(emptied.security.certificate, home("postgresql.crt"));
+    }
+
+    #[test]
+    fn weak_combinations_are_refused_as_by_libpq() {
+        assert_eq!(parse("sslrootcert=system").ssl_mode, SslMode::VerifyFull);
+        for mode in ["disable", "allow", "prefer", "require", "verify-ca"] {
+            let text = refused(&format!("sslrootcert=system sslmode={mode}"));
+            assert!(text.contains("expected verify-full with sslrootcert=system"), "{text}");
+        }
+        for text in ["sslnegotiation=direct", "sslnegotiation=direct sslmode=prefer"] {
+            assert!(refused(text).contains("require or stronger"), "{}", refused(text));
+        }
+        parse("sslnegotiation=direct sslmode=require");
+        parse("sslnegotiation=direct sslrootcert=system");
+        assert!(refused("hostaddr=10.0.0.1 sslmode=verify-full").contains("host beside it"));
+        parse("host=db hostaddr=10.0.0.1 sslmode=verify-full");
+        for text in [
+            "channel_binding=yes",
+            "require_auth=scram",
+            "require_auth=md5,!password",
+            "sslcertmode=no",
+            "sslsni=2",
+            "sslnegotiation=tls",
+            "ssl_min_protocol_version=TLSv1.4",
+            "ssl_max_protocol_version=TLSv1.1",
+            "ssl_min_protocol_version=TLSv1.3 ssl_max_protocol_version=TLSv1.2",
+        ] {
+            assert!(refused(text).contains("expected"), "{text}: {}", refused(text));
+        }
+        parse("ssl_min_protocol_version=TLSv1 sslcertmode=disable require_auth=none");
     }
 
     #[test]

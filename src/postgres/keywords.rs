@@ -32,11 +32,9 @@ const fn only(
     Keyword { name, variable, support: Support::Only { accepted, instead } }
 }
 
-pub(super) const NO_VERIFICATION: &str = "this version encrypts without verifying certificates (sslmode=require) and \
-     presents none; use a Unix socket, a VPN or a TLS tunnel where the network is not trusted";
 const NO_GSS: &str = "use a password (SCRAM) or a Unix socket with peer authentication";
-const NO_CHOICE: &str = "leave it out; pg_hba.conf decides which method the server asks for";
-const NO_TLS_CHOICE: &str = "leave it out: TLS 1.2 and 1.3 are offered, and nothing older";
+const NO_PASSPHRASE: &str =
+    "store the key without a passphrase, readable by this user only: openssl pkey -in OLD -out NEW";
 
 /// Every keyword of libpq 18, the used ones first.
 pub(super) const KEYWORDS: &[Keyword] = &[
@@ -49,6 +47,18 @@ pub(super) const KEYWORDS: &[Keyword] = &[
     used("passfile", Some("PGPASSFILE")),
     used("dbname", Some("PGDATABASE")),
     used("sslmode", Some("PGSSLMODE")),
+    used("sslnegotiation", Some("PGSSLNEGOTIATION")),
+    used("sslrootcert", Some("PGSSLROOTCERT")),
+    used("sslcert", Some("PGSSLCERT")),
+    used("sslkey", Some("PGSSLKEY")),
+    used("sslcertmode", Some("PGSSLCERTMODE")),
+    used("sslcrl", Some("PGSSLCRL")),
+    used("sslcrldir", Some("PGSSLCRLDIR")),
+    used("sslsni", Some("PGSSLSNI")),
+    used("ssl_min_protocol_version", Some("PGSSLMINPROTOCOLVERSION")),
+    used("ssl_max_protocol_version", Some("PGSSLMAXPROTOCOLVERSION")),
+    used("channel_binding", Some("PGCHANNELBINDING")),
+    used("require_auth", Some("PGREQUIREAUTH")),
     used("application_name", Some("PGAPPNAME")),
     used("fallback_application_name", None),
     used("options", Some("PGOPTIONS")),
@@ -64,26 +74,14 @@ pub(super) const KEYWORDS: &[Keyword] = &[
     only("client_encoding", None, &["UTF8", "utf8", "UTF-8", "utf-8"], "leave it out: seawall speaks UTF8"),
     only("replication", None, &[], "leave it out: seawall opens the replication session itself"),
     only("load_balance_hosts", Some("PGLOADBALANCEHOSTS"), &["disable"], "leave it out: hosts are tried in order"),
-    only("channel_binding", Some("PGCHANNELBINDING"), &["disable", "prefer"], NO_VERIFICATION),
     only("gssencmode", Some("PGGSSENCMODE"), &["disable", "prefer"], NO_GSS),
     only("krbsrvname", None, &[], NO_GSS),
     only("gsslib", None, &[], NO_GSS),
     only("gssdelegation", None, &["0"], NO_GSS),
-    only("require_auth", Some("PGREQUIREAUTH"), &[], NO_CHOICE),
     only("requirepeer", Some("PGREQUIREPEER"), &[], "leave it out, or connect by TCP"),
-    only("sslnegotiation", Some("PGSSLNEGOTIATION"), &["postgres"], "leave it out: TLS is asked for by SSLRequest"),
     only("sslcompression", Some("PGSSLCOMPRESSION"), &["0"], "leave it out"),
-    only("sslcert", Some("PGSSLCERT"), &[], NO_VERIFICATION),
-    only("sslkey", Some("PGSSLKEY"), &[], NO_VERIFICATION),
-    only("sslpassword", None, &[], NO_VERIFICATION),
-    only("sslcertmode", Some("PGSSLCERTMODE"), &["disable", "allow"], NO_VERIFICATION),
-    only("sslrootcert", Some("PGSSLROOTCERT"), &[], NO_VERIFICATION),
-    only("sslcrl", Some("PGSSLCRL"), &[], NO_VERIFICATION),
-    only("sslcrldir", Some("PGSSLCRLDIR"), &[], NO_VERIFICATION),
-    only("sslsni", Some("PGSSLSNI"), &["1"], "leave it out"),
+    only("sslpassword", None, &[], NO_PASSPHRASE),
     only("sslkeylogfile", None, &[], "leave it out: session keys are never written"),
-    only("ssl_min_protocol_version", Some("PGSSLMINPROTOCOLVERSION"), &["TLSv1", "TLSv1.1", "TLSv1.2"], NO_TLS_CHOICE),
-    only("ssl_max_protocol_version", Some("PGSSLMAXPROTOCOLVERSION"), &["TLSv1.3"], NO_TLS_CHOICE),
     only("min_protocol_version", Some("PGMINPROTOCOLVERSION"), &["3.0"], "leave it out: protocol 3.0 is spoken"),
     only("max_protocol_version", Some("PGMAXPROTOCOLVERSION"), &["3.0", "latest"], "protocol 3.0 is spoken"),
     only("scram_client_key", None, &[], "use a password"),

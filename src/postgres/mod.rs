@@ -1,7 +1,7 @@
 //! Which servers to try, as whom, and with which settings: libpq's rules for connection strings.
 //!
 //! Owns: connection strings and URIs (`syntax`), their keywords (`keywords`), service files (`service`), password
-//! files (`passfile`), their precedence (`settings`), and how all of it becomes logins (`conninfo`).
+//! files (`passfile`), their precedence (`settings`), TLS (`security`), and how all of it becomes logins (`conninfo`).
 //! Does not own: sockets and the protocol (`replication`), which host is followed (`receiver`).
 //! Rests on `proto-notes/01-startup.md`, "Password and service files". Everything here is pure: files and variables
 //! come in through [`Environment`].
@@ -12,6 +12,7 @@ mod environment;
 mod error;
 mod keywords;
 mod passfile;
+mod security;
 mod service;
 mod settings;
 pub mod sql;

@@ -11,7 +11,6 @@ use super::environment::Environment;
 use super::error::{ConninfoError, Origin};
 use super::keywords::{self, KEYWORDS, Keyword, Support};
 use super::{service, syntax};
-use crate::replication::SslMode;
 
 /// libpq waits forever by default. Longer would keep a dead first host from being skipped; shorter would give up on a
 /// server that is busy forking.
@@ -113,19 +112,6 @@ impl Settings {
     pub fn invalid(&self, keyword: &'static str, expected: &'static str) -> ConninfoError {
         let setting = self.get(keyword).expect("only a given value can be invalid");
         ConninfoError::InvalidValue { origin: setting.origin.clone(), keyword, value: setting.showable(), expected }
-    }
-
-    pub fn ssl_mode(&self) -> Result<SslMode, ConninfoError> {
-        const KEYWORD: &str = "sslmode";
-        let Some(setting) = self.get(KEYWORD) else { return Ok(SslMode::Prefer) };
-        match setting.value.as_str() {
-            "disable" => Ok(SslMode::Disable),
-            "prefer" => Ok(SslMode::Prefer),
-            "require" => Ok(SslMode::Require),
-            "allow" => Err(setting.not_available(KEYWORD, "use sslmode=prefer, which tries encryption first")),
-            "verify-ca" | "verify-full" => Err(setting.not_available(KEYWORD, keywords::NO_VERIFICATION)),
-            _ => Err(self.invalid(KEYWORD, "disable, prefer or require")),
-        }
     }
 
     pub fn target_session_attrs(&self) -> Result<TargetSessionAttrs, ConninfoError> {

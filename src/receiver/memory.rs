@@ -42,7 +42,12 @@ impl MemoryBudget {
     }
 
     pub fn has_room(&self) -> bool {
-        self.held_bytes() <= self.0.limit_bytes / 4 * 3
+        self.held_bytes() <= self.room_bytes()
+    }
+
+    /// With more than this held there is no room.
+    pub fn room_bytes(&self) -> u64 {
+        self.0.limit_bytes / 4 * 3
     }
 
     /// Returns when something was released since the last call (or at once).

@@ -347,8 +347,7 @@ impl<'a> Receiver<'a> {
     /// Whether commits wait for what is proven, and nothing they have to wait for first: one tail at a time holds
     /// everything that was committed while the tail before it was stored.
     fn may_group_commit(&self) -> bool {
-        *self.wiring.synchronous.borrow()
-            && self.last_cut.is_none_or(|to| self.wiring.progress.borrow().acknowledged() >= to)
+        *self.wiring.synchronous.borrow() && self.last_cut.is_none_or(|to| self.wiring.progress.borrow().is_durable(to))
     }
 
     fn next_wake(&self) -> Instant {
@@ -471,6 +470,10 @@ impl<'a> Receiver<'a> {
                 if paused { "pauses: the repository is behind" } else { "goes on" }
             );
             self.wiring.activity.send_replace(if paused { Activity::Paused } else { Activity::Streaming });
+            if paused {
+                // What becomes a tail can leave memory.
+                self.cut(false);
+            }
         }
     }
 

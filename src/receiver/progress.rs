@@ -183,6 +183,11 @@ impl Progress {
         self.acknowledged >= target && awaited.all(|held| held.stored.record_end >= target)
     }
 
+    /// Whether `target` is as durable as the contract asks, whether or not the slot can be told yet.
+    pub fn is_durable(&self, target: Lsn) -> bool {
+        self.acknowledged >= target
+    }
+
     fn advance(&mut self) {
         if !self.prefix_matched {
             return;

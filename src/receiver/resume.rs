@@ -186,12 +186,13 @@ impl PrefixCheck {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::Form;
     use crate::repository::layout::Epoch;
 
     const MIB: u64 = 1 << 20;
 
     fn tail(from: u64, to: u64, raw_crc32: u32) -> TailName {
-        TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32, last_commit: None }
+        TailName { epoch: Epoch(1), from: Lsn(from), to: Lsn(to), raw_crc32, last_commit: None, form: Form::Plain }
     }
 
     fn frontier(timeline: u32, segment_start: u64, end: u64) -> Frontier {

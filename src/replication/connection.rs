@@ -20,7 +20,8 @@ use super::error::{ConnectError, Peer, Phase, ReplicationError, ServerError};
 use super::framing::{Frame, ProtocolError, ReadBuffer};
 use super::handshake::{Handshake, Parameters, Step, startup_packet};
 use super::message::{StatusUpdate, StreamDecoder, StreamItem};
-use super::tls::{Dial, Transport};
+use super::tls::fault::TlsFault;
+use super::tls::{Dial, TlsFacts, Transport, tell_once};
 use super::{Login, SslMode};
 
 /// What START_REPLICATION came to.
@@ -143,12 +144,12 @@ pub struct Connection {
     received_wal: bool,
     parameters: Parameters,
     answer_timeout: Duration,
-    encrypted: bool,
+    tls: Option<TlsFacts>,
 }
 
 impl std::fmt::Debug for Connection {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Connection").field("state", &self.state).field("encrypted", &self.encrypted).finish()
+        f.debug_struct("Connection").field("state", &self.state).field("encrypted", &self.encrypted()).finish()
     }
 }
 
@@ -163,27 +164,52 @@ impl Connection {
     }
 
     async fn open_as_preferred(dialer: &dyn Dial, login: &Login) -> Result<Connection, ConnectError> {
-        let mut connection = Connection::dial(dialer, login).await?;
-        let refused = match connection.log_in(login).await {
-            Ok(()) => return Ok(connection),
-            Err(error) => error,
+        let (first, second) = match login.ssl_mode {
+            SslMode::Allow => (SslMode::Disable, Some(SslMode::Require)),
+            SslMode::Prefer => (SslMode::Prefer, Some(SslMode::Disable)),
+            only => (only, None),
         };
-        // `prefer`: pg_hba.conf may have a line for connections without TLS only. libpq tries that too.
-        let no_hba_line = refused.sqlstate() == Some("28000");
-        if !(no_hba_line && connection.encrypted && login.ssl_mode == SslMode::Prefer) {
-            return Err(refused);
+        let (refused, was_encrypted) = match Connection::open_once(dialer, login, first).await {
+            Ok(connection) => return Ok(connection),
+            Err(refused) => refused,
+        };
+        // libpq tries the other way after any refusal but "cannot connect now". So do we where that adds TLS; where it
+        // would give TLS up, only after pg_hba.conf may have said that it wants none.
+        let go_on = match (login.ssl_mode, refused.sqlstate()) {
+            (SslMode::Allow, Some(state)) => state != "57P03",
+            (SslMode::Prefer, Some(state)) => was_encrypted && state == "28000",
+            _ => false,
+        };
+        match second.filter(|_| go_on) {
+            // Of the two refusals the first is the one to act on.
+            Some(second) => Connection::open_once(dialer, login, second).await.map_err(|_| refused),
+            None => Err(refused),
         }
-        let plain = Login { ssl_mode: SslMode::Disable, ..login.clone() };
-        let mut connection = Connection::dial(dialer, &plain).await?;
-        // Of the two refusals the first is the one to act on.
-        connection.log_in(&plain).await.map_err(|_| refused)?;
+    }
+
+    /// The error comes with whether the session had TLS.
+    async fn open_once(
+        dialer: &dyn Dial,
+        login: &Login,
+        ssl_mode: SslMode,
+    ) -> Result<Connection, (ConnectError, bool)> {
+        let attempt = Login { ssl_mode, ..login.clone() };
+        let mut connection = Connection::dial(dialer, &attempt).await.map_err(|error| (error, false))?;
+        connection.log_in(&attempt).await.map_err(|error| (error, connection.encrypted()))?;
+        let was_not_demanded = matches!(login.ssl_mode, SslMode::Allow | SslMode::Prefer);
+        if was_not_demanded && !connection.encrypted() && login.address.is_remote() {
+            tell_once(
+                &login.address,
+                &format!("the session is not encrypted: sslmode={} permits that", login.ssl_mode.name()),
+            );
+        }
         Ok(connection)
     }
 
     async fn dial(dialer: &dyn Dial, login: &Login) -> Result<Connection, ConnectError> {
         let transport = dialer.dial(login).await?;
         Ok(Connection {
-            encrypted: transport.encrypted(),
+            tls: transport.tls().cloned(),
             transport,
             input: ReadBuffer::default(),
             output: Output::default(),
@@ -197,9 +223,11 @@ impl Connection {
 
     async fn log_in(&mut self, login: &Login) -> Result<(), ConnectError> {
         let target = Peer::of(login).target;
-        let broken = |error| during_connect(&target, error);
+        let is_tls = self.encrypted();
+        let broken = |error| during_connect(&target, is_tls, error);
         self.send(&startup_packet(login)?, Phase::Connect).await.map_err(broken)?;
-        let mut handshake = Handshake::new(login);
+        let facts = self.tls.clone();
+        let mut handshake = Handshake::new(login, facts.as_ref());
         loop {
             let frame = self.receive(Phase::Connect).await.map_err(broken)?;
             match handshake.handle(frame.tag, self.input.slice(frame.body))? {
@@ -224,9 +252,13 @@ impl Connection {
     }
 }
 
-fn during_connect(target: &str, error: ReplicationError) -> ConnectError {
+fn during_connect(target: &str, is_tls: bool, error: ReplicationError) -> ConnectError {
     let target = target.to_string();
     match error {
+        // In TLS 1.3 a server refuses our certificate only after the handshake: by an alert.
+        ReplicationError::Io { kind: io::ErrorKind::InvalidData, cause, .. } if is_tls => {
+            ConnectError::Tls { target, fault: TlsFault::Handshake(cause).into() }
+        }
         ReplicationError::Protocol { error, .. } => ConnectError::Protocol { target, error },
         ReplicationError::Io { cause, .. } => ConnectError::Network { target, tried: vec![cause] },
         _ => ConnectError::Closed { target },
@@ -252,7 +284,12 @@ impl Connection {
     }
 
     pub fn encrypted(&self) -> bool {
-        self.encrypted
+        self.tls.is_some()
+    }
+
+    /// What the TLS handshake found out; `None` without TLS.
+    pub fn tls(&self) -> Option<&TlsFacts> {
+        self.tls.as_ref()
     }
 }
 

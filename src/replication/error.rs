@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::error::{Advice, Disposition, ExitCode};
 
 use super::framing::{Fields, ProtocolError};
+use super::tls::fault::TlsFault;
 use super::{Address, Login, SessionKind};
 
 /// What was going on when the server refused.
@@ -152,12 +153,18 @@ pub enum ConnectError {
     Closed { target: String },
     #[error("could not connect to {}: {error}", .peer.target)]
     Server { peer: Box<Peer>, error: Box<ServerError> },
-    #[error("could not connect to {target}: the server does not offer TLS, and sslmode is `require`")]
-    TlsNotOffered { target: String },
+    #[error("could not connect to {target}: the server does not offer TLS, and sslmode is `{mode}`")]
+    TlsNotOffered { target: String, mode: &'static str },
+    /// In place of `S` or `N`: it could not even start a process, or is no PostgreSQL.
+    #[error("could not connect to {target}: the server answered the TLS request with an error")]
+    TlsError { target: String },
     #[error("could not connect to {target}: the server's answer to the TLS request is no answer of PostgreSQL's")]
     TlsAnswer { target: String },
-    #[error("could not set up TLS with {target}: {cause}")]
-    Tls { target: String, cause: String },
+    #[error("could not set up TLS with {target}: {fault}")]
+    Tls { target: String, fault: Box<TlsFault> },
+    /// The server's way of letting us in is weaker than what was asked for; nothing secret was sent.
+    #[error("could not log in to {target}: {cause}")]
+    Policy { target: String, cause: String, hint: &'static str },
     #[error("could not log in to {target}: the server asks user {user} for a password and none is configured")]
     PasswordMissing { target: String, user: String },
     #[error("could not log in to {target}: authentication method {method} is not supported")]
@@ -193,11 +200,13 @@ impl Advice for ConnectError {
                 "is this a PostgreSQL server? See its log for the reason it hung up.".to_string()
             }
             ConnectError::Server { peer, error } => return connect_hint(peer, error),
-            ConnectError::TlsNotOffered { .. } => "switch `ssl` on at the server, or use sslmode=prefer.".to_string(),
+            ConnectError::TlsNotOffered { .. } => "switch `ssl` on at the server.".to_string(),
             ConnectError::TlsAnswer { .. } | ConnectError::Protocol { .. } => {
                 "is this host and port really a PostgreSQL server?".to_string()
             }
-            ConnectError::Tls { .. } => "see the server's log for its side of the TLS handshake.".to_string(),
+            ConnectError::TlsError { .. } => "see the server's log: it may be out of processes or memory.".to_string(),
+            ConnectError::Tls { fault, .. } => fault.hint(),
+            ConnectError::Policy { hint, .. } => hint.to_string(),
             ConnectError::PasswordMissing { .. } => {
                 "put the password into a passfile (the database field for replication is `replication`).".to_string()
             }
@@ -215,9 +224,11 @@ impl Advice for ConnectError {
 
     fn disposition(&self) -> Disposition {
         match self {
-            ConnectError::Network { .. } | ConnectError::Timeout { .. } | ConnectError::Closed { .. } => {
-                Disposition::Reconnect
-            }
+            ConnectError::Network { .. }
+            | ConnectError::Timeout { .. }
+            | ConnectError::Closed { .. }
+            | ConnectError::TlsError { .. } => Disposition::Reconnect,
+            ConnectError::Tls { fault, .. } if fault.is_passing() => Disposition::Reconnect,
             ConnectError::Server { error, .. } => connect_verdict(&error.sqlstate).0,
             _ => Disposition::Operator,
         }
@@ -225,11 +236,13 @@ impl Advice for ConnectError {
 
     fn exit_code(&self) -> ExitCode {
         match self {
-            ConnectError::Network { .. } | ConnectError::Timeout { .. } | ConnectError::Closed { .. } => {
-                ExitCode::Unavailable
-            }
+            ConnectError::Network { .. }
+            | ConnectError::Timeout { .. }
+            | ConnectError::Closed { .. }
+            | ConnectError::TlsError { .. } => ExitCode::Unavailable,
+            ConnectError::Tls { fault, .. } if fault.is_passing() => ExitCode::Unavailable,
             ConnectError::Server { error, .. } => connect_verdict(&error.sqlstate).1,
-            ConnectError::Scram { .. } => ExitCode::Permission,
+            ConnectError::Scram { .. } | ConnectError::Policy { .. } => ExitCode::Permission,
             _ => ExitCode::Config,
         }
     }

@@ -10,6 +10,7 @@ pub mod error;
 pub mod framing;
 pub mod handshake;
 pub mod message;
+pub mod security;
 pub mod tls;
 
 use std::fmt;
@@ -23,7 +24,8 @@ pub use command::{InvalidSlotName, QueryResult, SlotName, SlotReading, SystemIde
 pub use connection::{Connection, Start, StreamEvent};
 pub use error::{ConnectError, Phase, ReplicationError, ServerError, StartFault};
 pub use message::StatusUpdate;
-pub use tls::{Dial, NetDialer, Transport};
+pub use security::{AuthPolicy, CertMode, ChannelBinding, Roots, Security, SslMode, TlsVersion};
+pub use tls::{Dial, NetDialer, TlsFacts, Transport};
 
 /// Where one server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +34,20 @@ pub enum Address {
     Tcp { host: String, ip: Option<IpAddr>, port: u16 },
     /// The socket `<directory>/.s.PGSQL.<port>`; a directory starting with `@` is in the abstract namespace.
     Unix { directory: PathBuf, port: u16 },
+}
+
+impl Address {
+    /// Whether others could listen in: neither a socket of this machine nor its loopback.
+    pub fn is_remote(&self) -> bool {
+        match self {
+            Address::Unix { .. } => false,
+            Address::Tcp { ip: Some(ip), .. } => !ip.is_loopback(),
+            Address::Tcp { host, .. } => match host.parse::<IpAddr>() {
+                Ok(ip) => !ip.is_loopback(),
+                Err(_) => host != "localhost",
+            },
+        }
+    }
 }
 
 /// `host:port`, `[ip]:port` where the host is an IPv6 address, or the socket's path.
@@ -43,14 +59,6 @@ impl fmt::Display for Address {
             Address::Unix { directory, port } => write!(f, "{}/.s.PGSQL.{port}", directory.display()),
         }
     }
-}
-
-/// libpq's `sslmode`, as far as it is built: `disable`, `prefer` and `require` (without verification).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SslMode {
-    Disable,
-    Prefer,
-    Require,
 }
 
 /// What a session is for: the server treats them differently from the start-up packet on.
@@ -67,6 +75,7 @@ pub enum SessionKind {
 pub struct Login {
     pub address: Address,
     pub ssl_mode: SslMode,
+    pub security: Security,
     pub user: String,
     pub password: Option<Secret>,
     pub kind: SessionKind,

@@ -1,24 +1,28 @@
-//! Owns: how a transport is opened: TCP with its options, Unix sockets, and TLS on top as `sslmode` says.
-//! Does not own: anything said over it. Certificates are not verified in this version (`prefer` and `require`, as
-//! libpq without a root file): TLS keeps listeners out, not impostors. proto-notes/01-startup.md.
+//! Owns: how a transport is opened: TCP with its options, Unix sockets, and whether TLS goes on top, as `sslmode` says.
+//! Does not own: anything said over it; the handshake (`client`), whether a certificate is believed (`verify`).
+//! proto-notes/01-startup.md, "transport".
 
+pub mod certificate;
+mod client;
+pub mod fault;
+mod files;
+pub mod names;
+mod verify;
+
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme};
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 use tokio::net::{TcpStream, UnixStream};
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
+
+pub use client::TlsFacts;
 
 use super::error::{ConnectError, escape};
 use super::{Address, Login, SslMode};
@@ -31,19 +35,15 @@ const ADDRESS_TIMEOUT_MIN: Duration = Duration::from_secs(1);
 
 /// A byte stream to a server.
 pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
-    fn encrypted(&self) -> bool {
-        false
+    /// What the TLS handshake found out; `None` without TLS.
+    fn tls(&self) -> Option<&TlsFacts> {
+        None
     }
 }
 
 impl Transport for TcpStream {}
 impl Transport for UnixStream {}
 impl Transport for DuplexStream {}
-impl Transport for TlsStream<TcpStream> {
-    fn encrypted(&self) -> bool {
-        true
-    }
-}
 
 /// How a transport is opened. The real one dials; the simulation hands out duplex streams.
 #[async_trait]
@@ -67,13 +67,27 @@ impl Dial for NetDialer {
             return Ok(Box::new(dial_tcp(login).await?));
         }
         match negotiate_tls(login, host).await {
-            Ok(transport) => Ok(transport),
-            // `prefer` tries again without TLS when the server is there but TLS fails.
-            Err(ConnectError::Tls { .. } | ConnectError::TlsAnswer { .. }) if login.ssl_mode == SslMode::Prefer => {
-                Ok(Box::new(dial_tcp(login).await?))
+            // `prefer` tries again without TLS when the server is there but TLS fails, whatever the reason; an answer
+            // that is none ends the attempt, in every mode.
+            Err(ConnectError::Tls { fault, .. }) if login.ssl_mode == SslMode::Prefer => {
+                let plain = dial_tcp(login).await?;
+                tell_once(&login.address, &format!("TLS failed, and sslmode=prefer goes on without it: {fault}"));
+                Ok(Box::new(plain))
             }
-            Err(error) => Err(error),
+            outcome => outcome,
         }
+    }
+}
+
+/// Logs what weakens the connection to a server, once for each text: sessions are opened every few seconds.
+pub(super) fn tell_once(address: &Address, what: &str) {
+    static TOLD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    /// Causes are few; a server that invents them does not fill our memory.
+    const TOLD_MAX: usize = 1000;
+    let text = format!("{}: {what}", escape(&address.to_string()));
+    let mut told = TOLD.lock().expect("no holder panics");
+    if told.len() < TOLD_MAX && told.insert(text.clone()) {
+        tracing::warn!("{text}");
     }
 }
 
@@ -144,84 +158,31 @@ fn prepare(stream: &TcpStream, login: &Login) -> io::Result<()> {
 async fn negotiate_tls(login: &Login, host: &str) -> Result<Box<dyn Transport>, ConnectError> {
     let target = escape(&login.address.to_string());
     let mut stream = dial_tcp(login).await?;
+    if !login.security.direct && !ask_for_tls(&mut stream, &target).await? {
+        return match login.ssl_mode.permits_plain() {
+            true => Ok(Box::new(stream)),
+            false => Err(ConnectError::TlsNotOffered { target, mode: login.ssl_mode.name() }),
+        };
+    }
+    let shaken = client::shake_hands(stream, host, login.ssl_mode, &login.security).await;
+    let transport = shaken.map_err(|fault| ConnectError::Tls { target, fault: fault.into() })?;
+    Ok(Box::new(transport))
+}
+
+/// Sends SSLRequest; whether the server speaks TLS from here on.
+async fn ask_for_tls(stream: &mut TcpStream, target: &str) -> Result<bool, ConnectError> {
     let broken = |error: io::Error| ConnectError::Network {
-        target: target.clone(),
+        target: target.to_string(),
         tried: vec![format!("TLS request: {error}")],
     };
     stream.write_all(&SSL_REQUEST).await.map_err(broken)?;
     // Exactly one byte: what follows belongs to TLS, or to nobody (CVE-2021-23222).
     match stream.read_u8().await.map_err(broken)? {
-        b'S' => {}
-        b'N' if login.ssl_mode == SslMode::Prefer => return Ok(Box::new(stream)),
-        b'N' => return Err(ConnectError::TlsNotOffered { target }),
+        b'S' => Ok(true),
+        b'N' => Ok(false),
         // An error text here comes from nobody who has proven anything: it is not shown (CVE-2024-10977).
-        _ => return Err(ConnectError::TlsAnswer { target }),
-    }
-    let name = server_name(host, &stream);
-    let tls = TlsConnector::from(Arc::new(client_config())).connect(name, stream).await;
-    let tls = tls.map_err(|error| ConnectError::Tls { target, cause: escape(&error.to_string()) })?;
-    Ok(Box::new(tls))
-}
-
-/// The name for SNI; a host TLS knows no name for goes without, by its address.
-fn server_name(host: &str, stream: &TcpStream) -> ServerName<'static> {
-    ServerName::try_from(host.to_string()).unwrap_or_else(|_| {
-        let address = stream.peer_addr().map_or(std::net::IpAddr::from([0, 0, 0, 0]), |address| address.ip());
-        ServerName::IpAddress(address.into())
-    })
-}
-
-fn client_config() -> ClientConfig {
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let mut config = ClientConfig::builder_with_provider(provider.clone())
-        .with_safe_default_protocol_versions()
-        .expect("aws-lc-rs supports TLS 1.2 and 1.3")
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate { provider }))
-        .with_no_client_auth();
-    // As libpq since 17; older servers ignore it.
-    config.alpn_protocols = vec![b"postgresql".to_vec()];
-    config
-}
-
-/// Takes any certificate, but still demands that the server holds its key.
-#[derive(Debug)]
-struct AnyCertificate {
-    provider: Arc<CryptoProvider>,
-}
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
+        b'E' => Err(ConnectError::TlsError { target: target.to_string() }),
+        _ => Err(ConnectError::TlsAnswer { target: target.to_string() }),
     }
 }
 
@@ -238,6 +199,5 @@ mod tests {
     #[test]
     fn the_tls_request_is_postgresqls() {
         assert_eq!(SSL_REQUEST[4..], 80_877_103u32.to_be_bytes());
-        client_config();
     }
 }

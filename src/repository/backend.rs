@@ -163,6 +163,12 @@ pub enum StoreErrorKind {
     /// The store gave other bytes than it should have.
     Corrupt,
     Unsupported,
+    /// The store does not accept who we are, or not any longer: keys wrong, expired, rotated.
+    Credentials,
+    /// What was configured cannot work there: another region, not an S3 store, no conditional writes.
+    Misconfigured,
+    /// What was to be stored is no longer what it was: not the store's fault. It is received again.
+    SourceLost,
 }
 
 #[derive(Clone, Debug, thiserror::Error)]
@@ -224,6 +230,13 @@ impl Advice for StoreError {
             StoreErrorKind::Corrupt => {
                 "the stored bytes are damaged: keep the object for inspection and run `seawall gaps`"
             }
+            StoreErrorKind::Credentials => {
+                "renew the credentials where seawall finds them; it looks again by itself and goes on"
+            }
+            StoreErrorKind::Misconfigured => "compare the repository's settings with what the store expects",
+            StoreErrorKind::SourceLost => {
+                "is the spool's disk in order? The WAL is received again as far as the server still has it"
+            }
             StoreErrorKind::Unsupported => return None,
         };
         Some(text.to_string())
@@ -233,6 +246,7 @@ impl Advice for StoreError {
         match self.kind {
             StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => Disposition::Stop,
             StoreErrorKind::Unavailable | StoreErrorKind::NotFound => Disposition::Retry,
+            StoreErrorKind::SourceLost => Disposition::Reconnect,
             _ => Disposition::Operator,
         }
     }
@@ -240,8 +254,10 @@ impl Advice for StoreError {
     fn exit_code(&self) -> ExitCode {
         match self.kind {
             StoreErrorKind::AlreadyExists | StoreErrorKind::Corrupt => ExitCode::Data,
-            StoreErrorKind::PermissionDenied | StoreErrorKind::ReadOnly => ExitCode::Permission,
-            StoreErrorKind::RootMissing => ExitCode::Config,
+            StoreErrorKind::PermissionDenied | StoreErrorKind::ReadOnly | StoreErrorKind::Credentials => {
+                ExitCode::Permission
+            }
+            StoreErrorKind::RootMissing | StoreErrorKind::Misconfigured => ExitCode::Config,
             _ => ExitCode::Unavailable,
         }
     }

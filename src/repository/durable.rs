@@ -127,6 +127,45 @@ impl Directory {
         self.sync()
     }
 
+    /// A new, private file to append to and read; `AlreadyExists` when the name is taken. Neither its bytes nor its
+    /// name are durable before [`sync_data`] and [`Directory::sync`].
+    pub fn create_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.0, name.as_ref(), flags, FILE_MODE)?.into())
+    }
+
+    /// Holds an exclusive lock on the file of this name, which is created where it is missing, until the file is
+    /// closed. `WouldBlock` while another process holds it.
+    pub fn lock_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file: File = rustix::fs::openat(&self.0, name.as_ref(), flags, FILE_MODE)?.into();
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(file)
+    }
+
+    /// Removes a name. Not synced: for what does no harm when it comes back.
+    pub fn unlink(&self, name: impl AsRef<Path>) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::empty())?)
+    }
+
+    /// Gives a file another name in the same directory, durably; `AlreadyExists` when that is taken.
+    pub fn set_aside(&self, name: impl AsRef<Path>, other: impl AsRef<Path>) -> io::Result<()> {
+        let (name, other) = (name.as_ref(), other.as_ref());
+        match rustix::fs::renameat_with(&self.0, name, &self.0, other, RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                rustix::fs::linkat(&self.0, name, &self.0, other, AtFlags::empty())?;
+                rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?;
+            }
+            result => result?,
+        }
+        self.sync()
+    }
+
+    /// What kind of file system this is (`statfs`), and its free bytes for us.
+    pub fn file_system(&self) -> io::Result<rustix::fs::StatFs> {
+        Ok(rustix::fs::fstatfs(&self.0)?)
+    }
+
     /// Removes a subdirectory if it is empty. Not synced: an empty directory that returns does no harm.
     pub fn remove_empty_directory(&self, name: impl AsRef<Path>) -> io::Result<()> {
         Ok(rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::REMOVEDIR)?)
@@ -263,6 +302,14 @@ pub fn write_file_into_place(
         return temp.rename_over(name)?.sync();
     }
     temp.rename_over(name).map(drop)
+}
+
+/// Makes what was appended to a file durable. A file this fails for is lost: no second call on it proves anything.
+///
+/// fdatasync here, where objects get fsync: a file of the spool is synced many times while it grows, and times alone
+/// are not worth a second write of the inode. The new size is part of what fdatasync flushes.
+pub fn sync_data(file: &File) -> io::Result<()> {
+    retry_interrupted(|| rustix::fs::fdatasync(file))
 }
 
 fn write_all_vectored(file: &mut File, parts: &[Bytes]) -> io::Result<()> {

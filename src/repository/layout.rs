@@ -5,6 +5,7 @@
 use jiff::Timestamp;
 
 use super::Key;
+use crate::codec::Form;
 use crate::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
 
 /// The repository's format version; a higher one found in `repository.json` is refused.
@@ -18,6 +19,11 @@ pub fn repository() -> Key {
 /// An object `check` stores and deletes again, to see whether it may. No name a reader looks at.
 pub fn probe(random: u32) -> Key {
     Key::new(format!("check-{random:08x}.probe"))
+}
+
+/// An object kept for ever, on which is tried whether a store honours conditions on writes. No name a reader looks at.
+pub fn conditional_probe() -> Key {
+    Key::new("conditional.probe")
 }
 
 /// The directory of a cluster. `cluster` is a checked name: `[a-z0-9_]{1,40}`.
@@ -113,8 +119,9 @@ impl Lineage {
         self.key(format_args!("wal/{directory}/{object}"))
     }
 
-    pub fn segment(&self, name: SegmentName) -> Key {
-        self.wal_object(WalDirectory::of(name), WalObject::Segment(name))
+    /// A segment has one of its two names, whoever wrote it.
+    pub fn segment(&self, name: SegmentName, form: Form) -> Key {
+        self.wal_object(WalDirectory::of(name), WalObject::Segment(name, form))
     }
 
     pub fn tail_directory(&self, name: SegmentName) -> Key {
@@ -122,16 +129,21 @@ impl Lineage {
     }
 
     pub fn tail(&self, name: SegmentName, tail: &TailName) -> Key {
-        self.key(format_args!("wal/{}/{name}.tail/{tail}.zst", WalDirectory::of(name)))
+        self.key(format_args!("wal/{}/{name}.tail/{tail}", WalDirectory::of(name)))
     }
 
-    pub fn conflict(&self, name: SegmentName, raw_crc32: u32) -> Key {
-        self.wal_object(WalDirectory::of(name), WalObject::Conflict(name, raw_crc32))
+    pub fn conflict(&self, name: SegmentName, raw_crc32: u32, form: Form) -> Key {
+        self.wal_object(WalDirectory::of(name), WalObject::Conflict(name, raw_crc32, form))
     }
 
     /// Good content for a name whose object is damaged; readers prefer it.
-    pub fn repair(&self, name: SegmentName, raw_crc32: u32) -> Key {
-        self.key(format_args!("wal/{}/{name}.repair-{raw_crc32:08x}.zst", WalDirectory::of(name)))
+    pub fn repair(&self, name: SegmentName, raw_crc32: u32, form: Form) -> Key {
+        self.wal_object(WalDirectory::of(name), WalObject::Repair(name, raw_crc32, form))
+    }
+
+    /// Says, until the segment is indexed, what an encrypted object holds whose store cannot keep such a fact with it.
+    pub fn raw_marker(&self, name: SegmentName, raw_crc32: u32) -> Key {
+        self.wal_object(WalDirectory::of(name), WalObject::RawMarker(name, raw_crc32))
     }
 
     pub fn index(&self, index: IndexName) -> Key {
@@ -200,7 +212,21 @@ pub fn parse_writer(name: &str) -> Option<Epoch> {
     canonical(epoch, digits)
 }
 
-/// `<epoch>-<from>-<to>-<crc32>-<last commit µs>`: the proven raw bytes [from, to) of an unfinished segment.
+/// What the name of an object in this form ends in.
+fn suffix(form: Form) -> &'static str {
+    match form {
+        Form::Plain => ".zst",
+        Form::Encrypted => ".zst.age",
+    }
+}
+
+/// Takes the form's suffix off a name.
+fn split_form(name: &str) -> Option<(&str, Form)> {
+    let with = |form: Form| name.strip_suffix(suffix(form)).map(|rest| (rest, form));
+    with(Form::Encrypted).or_else(|| with(Form::Plain))
+}
+
+/// `<epoch>-<from>-<to>-<crc32>-<last commit µs>.zst[.age]`: the proven raw bytes [from, to) of an unfinished segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TailName {
     pub epoch: Epoch,
@@ -210,13 +236,14 @@ pub struct TailName {
     pub raw_crc32: u32,
     /// Last commit at or before `to` that the writer knew of, in µs since 1970; `None` is written as 0.
     pub last_commit: Option<Timestamp>,
+    pub form: Form,
 }
 
 impl TailName {
     /// Reads an object name below a `.tail` directory.
     pub fn parse(name: &str) -> Option<TailName> {
-        let name = name.strip_suffix(".zst")?;
-        let mut parts = name.split('-');
+        let (facts, form) = split_form(name)?;
+        let mut parts = facts.split('-');
         let mut next = || parts.next();
         let epoch = decimal(next()?).and_then(|n| u32::try_from(n).ok()).map(Epoch)?;
         let from = Lsn(hexadecimal(next()?, 16)?);
@@ -226,7 +253,7 @@ impl TailName {
             0 => None,
             micros => Some(Timestamp::from_microsecond(i64::try_from(micros).ok()?).ok()?),
         };
-        let tail = TailName { epoch, from, to, raw_crc32, last_commit };
+        let tail = TailName { epoch, from, to, raw_crc32, last_commit, form };
         if from < to { canonical(tail, name) } else { None }
     }
 }
@@ -234,7 +261,8 @@ impl TailName {
 impl std::fmt::Display for TailName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let micros = self.last_commit.map_or(0, |time| time.as_microsecond().max(0));
-        write!(f, "{}-{:016X}-{:016X}-{:08x}-{micros}", self.epoch, self.from.0, self.to.0, self.raw_crc32)
+        let TailName { epoch, from, to, raw_crc32, form, .. } = self;
+        write!(f, "{epoch}-{:016X}-{:016X}-{raw_crc32:08x}-{micros}{}", from.0, to.0, suffix(*form))
     }
 }
 
@@ -262,12 +290,14 @@ impl std::fmt::Display for IndexName {
 /// What a name inside a [`WalDirectory`] says it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WalObject {
-    Segment(SegmentName),
+    Segment(SegmentName, Form),
     /// A directory of tails.
     Tails(SegmentName),
     Index(IndexName),
-    Conflict(SegmentName, u32),
-    Repair(SegmentName, u32),
+    Conflict(SegmentName, u32, Form),
+    Repair(SegmentName, u32, Form),
+    /// An empty object; only writers look at it.
+    RawMarker(SegmentName, u32),
 }
 
 impl WalObject {
@@ -283,15 +313,17 @@ impl WalObject {
         }
         let (segment, rest) = name.split_once('.')?;
         let segment: SegmentName = segment.parse().ok()?;
-        let crc = |text: &str| hexadecimal(text.strip_suffix(".zst")?, 8).map(|crc| crc as u32);
-        let object = match rest {
-            "zst" => WalObject::Segment(segment),
-            "tail" => WalObject::Tails(segment),
-            _ => match rest.split_once('-')? {
-                ("conflict", crc32) => WalObject::Conflict(segment, crc(crc32)?),
-                ("repair", crc32) => WalObject::Repair(segment, crc(crc32)?),
+        let crc = |text: &str| hexadecimal(text, 8).map(|crc| crc as u32);
+        let object = match (rest, split_form(rest)) {
+            ("tail", _) => WalObject::Tails(segment),
+            ("zst", _) => WalObject::Segment(segment, Form::Plain),
+            ("zst.age", _) => WalObject::Segment(segment, Form::Encrypted),
+            (_, Some((copy, form))) => match copy.split_once('-')? {
+                ("conflict", crc32) => WalObject::Conflict(segment, crc(crc32)?, form),
+                ("repair", crc32) => WalObject::Repair(segment, crc(crc32)?, form),
                 _ => return None,
             },
+            (marker, None) => WalObject::RawMarker(segment, crc(marker.strip_prefix("raw-")?)?),
         };
         canonical(object, name)
     }
@@ -301,11 +333,14 @@ impl WalObject {
 impl std::fmt::Display for WalObject {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            WalObject::Segment(name) => write!(f, "{name}.zst"),
+            WalObject::Segment(name, form) => write!(f, "{name}{}", suffix(*form)),
             WalObject::Tails(name) => write!(f, "{name}.tail"),
             WalObject::Index(index) => write!(f, "{index}.index.json"),
-            WalObject::Conflict(name, raw_crc32) => write!(f, "{name}.conflict-{raw_crc32:08x}.zst"),
-            WalObject::Repair(name, raw_crc32) => write!(f, "{name}.repair-{raw_crc32:08x}.zst"),
+            WalObject::Conflict(name, raw_crc32, form) => {
+                write!(f, "{name}.conflict-{raw_crc32:08x}{}", suffix(*form))
+            }
+            WalObject::Repair(name, raw_crc32, form) => write!(f, "{name}.repair-{raw_crc32:08x}{}", suffix(*form)),
+            WalObject::RawMarker(name, raw_crc32) => write!(f, "{name}.raw-{raw_crc32:08x}"),
         }
     }
 }
@@ -350,6 +385,7 @@ mod tests {
             to: Lsn(0x2_A801_2340),
             raw_crc32: 0x00C0_FFEE,
             last_commit: Some("2026-11-22T11:00:00.123456Z".parse().unwrap()),
+            form: Form::Plain,
         }
     }
 
@@ -371,7 +407,20 @@ mod tests {
         assert_eq!(below(lineage.wal()), "wal");
         assert_eq!(below(lineage.history(TimelineId(0x1A))), "wal/0000001A.history");
         assert_eq!(below(lineage.wal_directory(WalDirectory::of(segment))), "wal/0000000100000002");
-        assert_eq!(below(lineage.segment(segment)), "wal/0000000100000002/0000000100000002000000A7.zst");
+        assert_eq!(below(lineage.segment(segment, Form::Plain)), "wal/0000000100000002/0000000100000002000000A7.zst");
+        assert_eq!(
+            below(lineage.segment(segment, Form::Encrypted)),
+            "wal/0000000100000002/0000000100000002000000A7.zst.age"
+        );
+        assert_eq!(
+            below(lineage.raw_marker(segment, 0xBEEF)),
+            "wal/0000000100000002/0000000100000002000000A7.raw-0000beef"
+        );
+        assert_eq!(
+            below(lineage.tail(segment, &TailName { form: Form::Encrypted, ..tail() })),
+            "wal/0000000100000002/0000000100000002000000A7.tail/\
+             0000000003-00000002A8000000-00000002A8012340-00c0ffee-1795345200123456.zst.age"
+        );
         assert_eq!(below(lineage.tail_directory(segment)), "wal/0000000100000002/0000000100000002000000A7.tail");
         assert_eq!(
             below(lineage.tail(segment, &tail())),
@@ -379,7 +428,7 @@ mod tests {
              0000000003-00000002A8000000-00000002A8012340-00c0ffee-1795345200123456.zst"
         );
         assert_eq!(
-            below(lineage.conflict(segment, 0xBEEF)),
+            below(lineage.conflict(segment, 0xBEEF, Form::Plain)),
             "wal/0000000100000002/0000000100000002000000A7.conflict-0000beef.zst"
         );
         assert_eq!(
@@ -392,7 +441,9 @@ mod tests {
             "ledger/20261122T110000.000042Z-gap-healed-00000abc.json"
         );
         assert_eq!(lineage.ledger_object("x.json").map(below), Some("ledger/x.json".to_string()));
-        assert_eq!(WalObject::Repair(segment, 0xBEEF).to_string(), "0000000100000002000000A7.repair-0000beef.zst");
+        let repair = |form| WalObject::Repair(segment, 0xBEEF, form).to_string();
+        assert_eq!(repair(Form::Plain), "0000000100000002000000A7.repair-0000beef.zst");
+        assert_eq!(repair(Form::Encrypted), "0000000100000002000000A7.repair-0000beef.zst.age");
         assert_eq!(
             Lineage { ordinal: 2, ..lineage }.lineage_json().as_str(),
             "main/7432109876543210123-2/lineage.json"
@@ -411,22 +462,31 @@ mod tests {
         let directory = WalDirectory::of(segment);
         assert_eq!(WalDirectory::parse(lineage.wal_directory(directory).file_name()), Some(directory));
         let index = IndexName { first: segment, last: segment, epoch: Epoch(9) };
+        for form in [Form::Plain, Form::Encrypted] {
+            for (key, object) in [
+                (lineage.segment(segment, form), WalObject::Segment(segment, form)),
+                (lineage.conflict(segment, 1, form), WalObject::Conflict(segment, 1, form)),
+                (lineage.repair(segment, 1, form), WalObject::Repair(segment, 1, form)),
+            ] {
+                assert_eq!(WalObject::parse(key.file_name()), Some(object));
+            }
+            let tail = TailName { form, ..tail() };
+            assert_eq!(TailName::parse(lineage.tail(segment, &tail).file_name()), Some(tail));
+        }
         for (key, object) in [
-            (lineage.segment(segment), WalObject::Segment(segment)),
             (lineage.tail_directory(segment), WalObject::Tails(segment)),
             (lineage.index(index), WalObject::Index(index)),
-            (lineage.conflict(segment, 1), WalObject::Conflict(segment, 1)),
+            (lineage.raw_marker(segment, 1), WalObject::RawMarker(segment, 1)),
         ] {
             assert_eq!(WalObject::parse(key.file_name()), Some(object));
         }
-        assert_eq!(TailName::parse(lineage.tail(segment, &tail()).file_name()), Some(tail()));
     }
 
     #[test]
     fn a_tail_without_a_commit_says_zero() {
         let tail = TailName { last_commit: None, ..tail() };
-        assert!(tail.to_string().ends_with("-0"));
-        assert_eq!(TailName::parse(&format!("{tail}.zst")), Some(tail));
+        assert!(tail.to_string().ends_with("-0.zst"));
+        assert_eq!(TailName::parse(&tail.to_string()), Some(tail));
     }
 
     /// Among them other spellings of our own names: what they say is right, but the key built from it is another.
@@ -449,7 +509,15 @@ mod tests {
         for name in [
             "0000000100000002000000A7",
             "0000000100000002000000A7.gz",
-            "0000000100000002000000A7.zst.age",
+            "0000000100000002000000A7.age",
+            "0000000100000002000000A7.zst.zst",
+            "0000000100000002000000A7.zst.age.age",
+            "0000000100000002000000A7.zst.age.zst",
+            "0000000100000002000000A7.raw-0000beef.zst",
+            "0000000100000002000000A7.raw-0000BEEF",
+            "0000000100000002000000A7.raw-beef",
+            "0000000100000002000000A7.raw",
+            "0000000100000002000000A7.conflict-0000beef.age",
             "0000000100000002000000a7.zst",
             "0000000100000002000000A7.partial",
             "0000000100000002000000A7.conflict-0000BEEF.zst",
@@ -509,10 +577,11 @@ mod tests {
     prop_compose! {
         fn tails()(
             epoch in any::<u32>(), from in 0..u64::MAX - 1, length in 1u64..1 << 30,
-            raw_crc32 in any::<u32>(), micros in 0i64..253_402_207_200_999_999,
+            raw_crc32 in any::<u32>(), micros in 0i64..253_402_207_200_999_999, form in forms(),
         ) -> TailName {
             let last_commit = (micros != 0).then(|| Timestamp::from_microsecond(micros).unwrap());
-            TailName { epoch: Epoch(epoch), from: Lsn(from), to: Lsn(from.saturating_add(length)), raw_crc32, last_commit }
+            let to = Lsn(from.saturating_add(length));
+            TailName { epoch: Epoch(epoch), from: Lsn(from), to, raw_crc32, last_commit, form }
         }
     }
 
@@ -523,20 +592,25 @@ mod tests {
         }
     }
 
+    fn forms() -> impl Strategy<Value = Form> {
+        prop_oneof![Just(Form::Plain), Just(Form::Encrypted)]
+    }
+
     fn wal_objects() -> impl Strategy<Value = WalObject> {
         prop_oneof![
-            segments().prop_map(WalObject::Segment),
+            (segments(), forms()).prop_map(|(name, form)| WalObject::Segment(name, form)),
             segments().prop_map(WalObject::Tails),
             indexes().prop_map(WalObject::Index),
-            (segments(), any::<u32>()).prop_map(|(name, crc)| WalObject::Conflict(name, crc)),
-            (segments(), any::<u32>()).prop_map(|(name, crc)| WalObject::Repair(name, crc)),
+            (segments(), any::<u32>(), forms()).prop_map(|(name, crc, form)| WalObject::Conflict(name, crc, form)),
+            (segments(), any::<u32>(), forms()).prop_map(|(name, crc, form)| WalObject::Repair(name, crc, form)),
+            (segments(), any::<u32>()).prop_map(|(name, crc)| WalObject::RawMarker(name, crc)),
         ]
     }
 
     proptest! {
         #[test]
         fn tails_round_trip(tail in tails()) {
-            prop_assert_eq!(TailName::parse(&format!("{tail}.zst")), Some(tail));
+            prop_assert_eq!(TailName::parse(&tail.to_string()), Some(tail));
         }
 
         #[test]
@@ -557,7 +631,7 @@ mod tests {
 
         /// Names as a listing of a damaged or hostile store may give them.
         #[test]
-        fn hostile_names_do_not_panic(name in "[0-9A-Fa-f.-]{0,24}(\\PC{0,8}|é|\\.zst|\\.tail|\\.index\\.json|\\.history)") {
+        fn hostile_names_do_not_panic(name in "[0-9A-Fa-f.-]{0,24}(\\PC{0,8}|é|\\.zst|\\.zst\\.age|\\.tail|\\.index\\.json|\\.history)") {
             parse_all(&name);
         }
     }

@@ -70,6 +70,9 @@ fn class(kind: StoreErrorKind) -> &'static str {
         StoreErrorKind::Unavailable => "unavailable",
         StoreErrorKind::Corrupt => "corrupt",
         StoreErrorKind::Unsupported => "unsupported",
+        StoreErrorKind::Credentials => "credentials",
+        StoreErrorKind::Misconfigured => "misconfigured",
+        StoreErrorKind::SourceLost => "source_lost",
     }
 }
 

@@ -14,3 +14,4 @@ pub mod s3;
 pub use backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
 pub use local::LocalBackend;
 pub use metered::MeteredBackend;
+pub use s3::S3Backend;

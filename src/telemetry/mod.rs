@@ -41,7 +41,7 @@ impl Verbosity {
         match self {
             Verbosity::Error => "error",
             Verbosity::Warn => "warn",
-            Verbosity::Info => "info",
+            Verbosity::Info => "warn,seawall=info",
             Verbosity::Debug => "warn,seawall=debug",
             Verbosity::Trace => "warn,seawall=trace",
         }

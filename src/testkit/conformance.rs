@@ -9,14 +9,20 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::{join, join_all};
 
+use crate::codec::Form;
 use crate::repository::layout::{Epoch, IndexName, Lineage, TailName, WalDirectory};
-use crate::repository::{Backend, Entry, Key, StoreError, StoreErrorKind};
+use crate::repository::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind};
 use crate::wal::{Lsn, SegmentName, SystemId, TimelineId};
 
 /// Every check, one after the other.
 pub async fn run_all(backend: &dyn Backend, scratch: &Key) {
-    put_new_refuses_overwrite(backend, &below(scratch, "overwrite")).await;
     of_two_concurrent_puts_one_wins(backend, &below(scratch, "race")).await;
+    run_for_a_single_writer(backend, scratch).await;
+}
+
+/// What a store must do that only one writer uses, and that cannot tell two apart.
+pub async fn run_for_a_single_writer(backend: &dyn Backend, scratch: &Key) {
+    put_new_refuses_overwrite(backend, &below(scratch, "overwrite")).await;
     parts_are_concatenated(backend, &below(scratch, "parts")).await;
     empty_objects_are_objects(backend, &below(scratch, "empty")).await;
     ranges_are_exact_or_refused(backend, &below(scratch, "ranges")).await;
@@ -29,6 +35,8 @@ pub async fn run_all(backend: &dyn Backend, scratch: &Key) {
     an_abandoned_upload_leaves_nothing(backend, &below(scratch, "upload_abandoned")).await;
     an_upload_reads_back_what_it_holds(backend, &below(scratch, "read_back")).await;
     large_objects_arrive_whole(backend, &below(scratch, "large")).await;
+    facts_are_kept_or_disclaimed(backend, &below(scratch, "facts")).await;
+    every_page_is_listed(backend, &below(scratch, "pages"), 30).await;
     a_dropped_put_is_all_or_nothing(backend, &below(scratch, "dropped")).await;
     names_of_the_layout_are_stored(backend).await;
 }
@@ -269,6 +277,33 @@ pub async fn large_objects_arrive_whole(backend: &dyn Backend, scratch: &Key) {
     }
 }
 
+/// A store that keeps facts answers for exactly the objects that were stored with them.
+pub async fn facts_are_kept_or_disclaimed(backend: &dyn Backend, scratch: &Key) {
+    let (with, without, absent) = (below(scratch, "with"), below(scratch, "without"), below(scratch, "absent"));
+    let body = Bytes::from_static(b"stored");
+    let facts = Facts { stored_crc32: Some(crc32fast::hash(&body)), raw_crc32: Some(0x00C0_FFEE) };
+    backend.put_new_with(&with, std::slice::from_ref(&body), &facts).await.unwrap();
+    put(backend, &without, b"stored").await;
+    let expected = backend.keeps_facts().then_some(0x00C0_FFEE);
+    assert_eq!(backend.raw_crc32(&with).await.unwrap(), expected);
+    assert_eq!(backend.raw_crc32(&without).await.unwrap(), None);
+    assert_eq!(backend.raw_crc32(&absent).await.unwrap(), None);
+    assert_eq!(content(backend, &with).await, body);
+}
+
+/// A listing is whole however many answers the store needs for it; with `count` over its page size it needs some.
+pub async fn every_page_is_listed(backend: &dyn Backend, scratch: &Key, count: usize) {
+    let names: Vec<String> = (0..count).map(|i| format!("object{i:05}")).collect();
+    for names in names.chunks(16) {
+        let puts = names.iter().map(|name| async { put(backend, &below(scratch, name), b"1").await });
+        join_all(puts).await;
+    }
+    put(backend, &below(scratch, "object00003.d/below"), b"1").await;
+    let mut expected = vec![Entry::Directory("object00003.d".to_string())];
+    expected.extend(names.iter().map(|name| object(name, 1)));
+    assert!(backend.list(Some(scratch)).await.unwrap() == expected, "names are missing, or there twice");
+}
+
 /// A put dropped at some await took effect or did not; a second one settles it. Nothing else is ever seen.
 pub async fn a_dropped_put_is_all_or_nothing(backend: &dyn Backend, scratch: &Key) {
     let body = [Bytes::from(pattern(500_000, 10))];
@@ -295,14 +330,15 @@ pub async fn names_of_the_layout_are_stored(backend: &dyn Backend) {
         to: Lsn::MAX,
         raw_crc32: u32::MAX,
         last_commit: jiff::Timestamp::from_microsecond(jiff::Timestamp::MAX.as_microsecond()).ok(),
+        form: Form::Plain,
     };
     let keys = [
         lineage.lineage_json(),
         lineage.writer(Epoch(1)),
         lineage.history(TimelineId(2)),
-        lineage.segment(segment),
+        lineage.segment(segment, Form::Plain),
         lineage.tail(segment, &tail),
-        lineage.conflict(segment, 0xABCD),
+        lineage.conflict(segment, 0xABCD, Form::Plain),
         lineage.index(IndexName { first: segment, last: segment, epoch: Epoch(7) }),
         lineage.ledger_entry(jiff::Timestamp::UNIX_EPOCH, "gap-healed", 1),
     ];

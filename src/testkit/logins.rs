@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::agent::world::LoginSource;
 use crate::error::Failure;
 use crate::postgres::{Purpose, TargetSessionAttrs};
-use crate::replication::{Address, Login, SessionKind, SslMode};
+use crate::replication::{Address, Login, Security, SessionKind, SslMode};
 
 /// One host, no password.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +20,7 @@ impl LoginSource for ModelLogins {
         Ok(vec![Login {
             address: Address::Tcp { host: "model".into(), ip: None, port: 5432 },
             ssl_mode: SslMode::Disable,
+            security: Security::default(),
             user: "seawall".into(),
             password: None,
             kind,

@@ -217,6 +217,20 @@ pub enum Event {
     Deleted { key: Key, body: Bytes },
 }
 
+/// What kind of store it is, which never changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Whether unfinished uploads can be read back: a directory's can, a multipart upload cannot.
+    pub reads_back: bool,
+    /// Whether objects stored whole keep their writer's facts, as metadata does in an object store.
+    pub keeps_facts: bool,
+}
+
+impl Traits {
+    pub const LOCAL: Traits = Traits { reads_back: true, keeps_facts: false };
+    pub const OBJECT_STORE: Traits = Traits { reads_back: false, keeps_facts: true };
+}
+
 /// A [`MemoryStore`] behind a network that cannot be relied on. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct FaultyStore {
@@ -230,6 +244,9 @@ struct FaultState {
     faults: Faults,
     calls: Calls,
     journal: Vec<Event>,
+    traits: Traits,
+    /// Raw CRC-32s kept with objects.
+    raw_crc32s: BTreeMap<Key, u32>,
 }
 
 /// Drawn for one call, after its latency.
@@ -252,8 +269,21 @@ impl FaultyStore {
     /// Objects already in `store` are not in the journal.
     pub fn around(store: MemoryStore, seed: u64) -> FaultyStore {
         let rng = fastrand::Rng::with_seed(seed);
-        let state = FaultState { rng, faults: Faults::none(), calls: Calls::default(), journal: Vec::new() };
+        let state = FaultState {
+            rng,
+            faults: Faults::none(),
+            calls: Calls::default(),
+            journal: Vec::new(),
+            traits: Traits::LOCAL,
+            raw_crc32s: BTreeMap::new(),
+        };
         FaultyStore { store, state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// The same store as another kind: to be said before it is used.
+    pub fn with_traits(self, traits: Traits) -> FaultyStore {
+        self.state.lock().unwrap().traits = traits;
+        self
     }
 
     /// What is really there, without faults.
@@ -299,20 +329,23 @@ impl FaultyStore {
         }
     }
 
-    async fn put(&self, key: &Key, body: Bytes) -> Result<(), StoreError> {
+    async fn put(&self, key: &Key, body: Bytes, raw_crc32: Option<u32>) -> Result<(), StoreError> {
         self.count(|calls| {
             calls.puts += 1;
             calls.put_bytes += body.len() as u64;
         });
-        let mut pending = Pending { store: self, effect: Some(Effect::Put(key.clone(), body)) };
+        let mut pending = Pending { store: self, effect: Some(Effect::Put(key.clone(), body, raw_crc32)) };
         let fate = self.fate().await;
         pending.finish(fate, "store", key)
     }
 
     fn apply(&self, effect: Effect) -> Result<(), StoreErrorKind> {
         match effect {
-            Effect::Put(key, body) => {
+            Effect::Put(key, body, raw_crc32) => {
                 let stored = self.store.insert_new(&key, body.clone());
+                if let (Ok(()), Some(raw_crc32)) = (&stored, raw_crc32) {
+                    self.state.lock().unwrap().raw_crc32s.insert(key.clone(), raw_crc32);
+                }
                 let answer = stored.as_ref().map_err(|_| StoreErrorKind::AlreadyExists).copied();
                 let event = match stored {
                     Ok(()) => Event::Stored { key, body },
@@ -359,7 +392,8 @@ impl FaultState {
 
 #[derive(Debug)]
 enum Effect {
-    Put(Key, Bytes),
+    /// With the raw CRC-32 that is kept with it.
+    Put(Key, Bytes, Option<u32>),
     Delete(Key),
 }
 
@@ -405,8 +439,26 @@ impl Backend for FaultyStore {
         self.store.describe()
     }
 
-    async fn put_new_with(&self, key: &Key, body: &[Bytes], _facts: &Facts) -> Result<(), StoreError> {
-        self.put(key, body.concat().into()).await
+    async fn put_new_with(&self, key: &Key, body: &[Bytes], facts: &Facts) -> Result<(), StoreError> {
+        let body: Bytes = body.concat().into();
+        if let Some(stored_crc32) = facts.stored_crc32 {
+            assert_eq!(crc32fast::hash(&body), stored_crc32, "{key} is not what its writer says");
+        }
+        self.put(key, body, facts.raw_crc32.filter(|_| self.keeps_facts())).await
+    }
+
+    fn keeps_facts(&self) -> bool {
+        self.state.lock().unwrap().traits.keeps_facts
+    }
+
+    async fn raw_crc32(&self, key: &Key) -> Result<Option<u32>, StoreError> {
+        self.count(|calls| calls.stats += 1);
+        self.reach("read", key).await?;
+        Ok(self.state.lock().unwrap().raw_crc32s.get(key).copied())
+    }
+
+    fn reads_back(&self) -> bool {
+        self.state.lock().unwrap().traits.reads_back
     }
 
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError> {
@@ -475,13 +527,16 @@ impl Upload for FaultyUpload {
 
     async fn read_back(&mut self, range: Range<u64>) -> Result<Bytes, StoreError> {
         self.check()?;
+        if !self.store.reads_back() {
+            return Err(MemoryStore::error(StoreErrorKind::Unsupported, "read back", &self.key));
+        }
         self.store.reach("read", &self.key).await?;
         read_back(&self.body, &self.key, range)
     }
 
     async fn complete(&mut self) -> Result<(), StoreError> {
         self.check()?;
-        self.store.put(&self.key, self.body.clone().freeze()).await
+        self.store.put(&self.key, self.body.clone().freeze(), None).await
     }
 
     async fn abort(self: Box<Self>) -> Result<(), StoreError> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use seawall::agent::cluster::State;
 use seawall::catalog::ledger::FactKind;
 use seawall::catalog::{Archive, Crc32};
+use seawall::codec::Form;
 use seawall::codec::{EncodedFrame, Encoder, LEVEL_DEFAULT, decode};
 use seawall::error::{Disposition, ExitCode};
 use seawall::repository::{Key, layout};
@@ -299,7 +300,7 @@ impl NextSegment {
     /// Puts an object of `raw` under the segment's name, as somebody else would.
     fn put(&self, raw: &[u8]) -> EncodedFrame {
         let frame = Encoder::new(19).encode(raw);
-        let key = self.archive.lineage.segment(self.name);
+        let key = self.archive.lineage.segment(self.name, Form::Plain);
         self.store.memory().tamper(|objects| assert!(objects.insert(key, frame.bytes.clone()).is_none()));
         frame
     }
@@ -330,8 +331,12 @@ fn another_content_under_a_segments_name_is_kept_and_stops_the_cluster() {
         assert!(reported(&next.model) < next.end, "{} is acknowledged", reported(&next.model));
 
         let objects = next.store.memory().objects();
-        assert_eq!(objects.get(&next.archive.lineage.segment(next.name)), Some(&theirs.bytes), "it is not replaced");
-        let ours = &objects[&next.archive.lineage.conflict(next.name, crc32fast::hash(&next.raw))];
+        assert_eq!(
+            objects.get(&next.archive.lineage.segment(next.name, Form::Plain)),
+            Some(&theirs.bytes),
+            "it is not replaced"
+        );
+        let ours = &objects[&next.archive.lineage.conflict(next.name, crc32fast::hash(&next.raw), Form::Plain)];
         let (raw, _) = decode::decode_exact(ours, MIB as usize).expect("ours is whole");
         assert!(raw == next.raw, "ours is kept beside it");
         let known = facts(next.store.memory(), FactKind::Conflict).await;
@@ -349,8 +354,8 @@ fn equal_content_stored_otherwise_is_accepted_as_it_is() {
         next.model.wait_acknowledged("seawall").await;
         assert!(next.model.wal.flush_lsn() > next.end);
 
-        assert_eq!(next.object(&next.archive.lineage.segment(next.name)).as_ref(), Some(&theirs.bytes));
-        assert_eq!(next.object(&next.archive.lineage.conflict(next.name, theirs.raw_crc32)), None);
+        assert_eq!(next.object(&next.archive.lineage.segment(next.name, Form::Plain)).as_ref(), Some(&theirs.bytes));
+        assert_eq!(next.object(&next.archive.lineage.conflict(next.name, theirs.raw_crc32, Form::Plain)), None);
         let catalog = next.archive.load_catalog().await.expect("the catalog is readable");
         let directories = &catalog.timelines[&TimelineId(1)];
         let entry = directories.iter().find_map(|directory| directory.sealed(next.name)).expect("it is indexed");

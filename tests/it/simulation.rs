@@ -7,7 +7,7 @@
 //! After every crash and at the end: what was acknowledged is durable, contiguous and proven; the archive's bytes
 //! are the server's; nothing was overwritten.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -17,12 +17,15 @@ use seawall::agent::cluster::{ClusterAgent, State, Status};
 use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
 use seawall::catalog::store::{self, Archive};
+use seawall::codec::Form;
+use seawall::codec::decode::ObjectDecoder;
+use seawall::codec::encrypt::{Identities, Keys, Recipients};
 use seawall::error::{Disposition, Failure};
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::repository::layout::{TailName, WalObject};
 use seawall::testkit::logins::ModelLogins;
-use seawall::testkit::store::{Event, Faults, FaultyStore};
+use seawall::testkit::store::{Event, Faults, FaultyStore, Traits};
 use seawall::testkit::wal_writer::WalWriter;
 use seawall::testkit::walsender::ModelServer;
 use seawall::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
@@ -34,6 +37,8 @@ use tokio_util::sync::CancellationToken;
 const MIB: u64 = 1 << 20;
 const CLUSTER: &str = "main";
 const SLOT: &str = "seawall";
+/// A key nobody uses for anything else. Encryption is random; what depends on it is nothing but a few bytes of length.
+const IDENTITY: &str = "AGE-SECRET-KEY-1GQ9778VQXMMJVE8SK7J6VT8UJ4HDQAJUVSFCWCM02D8GEWQ72PVQ2Y5J33";
 
 #[test]
 fn seeds() {
@@ -77,7 +82,13 @@ fn seeds() {
         }
         println!("{count} seeds: {total:?}");
         // A simulation in which nothing happens proves nothing.
-        assert!(total.crashes > count / 2 && total.promotions > count / 10 && total.segments > count, "{total:?}");
+        assert!(
+            total.crashes > count / 2
+                && total.promotions > count / 10
+                && total.segments > count
+                && total.encrypted_segments > count / 8,
+            "{total:?}"
+        );
     });
 }
 
@@ -111,6 +122,7 @@ struct Tally {
     outages: u64,
     corruptions: u64,
     segments: u64,
+    encrypted_segments: u64,
     tails: u64,
     gaps: u64,
     bytes: u64,
@@ -125,6 +137,7 @@ impl Tally {
         self.outages += other.outages;
         self.corruptions += other.corruptions;
         self.segments += other.segments;
+        self.encrypted_segments += other.encrypted_segments;
         self.tails += other.tails;
         self.gaps += other.gaps;
         self.bytes += other.bytes;
@@ -148,6 +161,8 @@ struct Simulation {
     current: TimelineId,
     xid: u32,
     store: FaultyStore,
+    /// Whether encryption is switched on and off.
+    encrypts: bool,
     options: ClusterOptions,
     agent: Option<Agent>,
     started: Instant,
@@ -178,17 +193,25 @@ impl Simulation {
         });
         let mut writer = WalWriter::new(major, system_id, size, TimelineId(1), start);
         writer.noop(120);
+        let traits = Traits { reads_back: rng.bool(), keeps_facts: rng.bool() };
+        let encrypts = rng.bool();
+        let reads_back = traits.reads_back && !encrypts;
         let options = ClusterOptions {
             name: CLUSTER.into(),
             slot: SlotName::new(SLOT).expect("a valid name"),
             tail_interval: Duration::from_millis(rng.u64(100..6000)),
             shutdown_grace: Duration::from_secs(10),
-            memory_bytes: rng.u64(1..8) * MIB / 4,
+            // Where nothing can be read back, the budget has to hold a whole segment.
+            memory_bytes: if reads_back { rng.u64(1..8) * MIB / 4 } else { size.bytes() * rng.u64(4..8) / 2 },
+            acknowledge: Acknowledge::Repository,
+            spool: None,
             synchronous: None,
+            keys: if encrypts && rng.bool() { encrypted() } else { Keys::default() },
             host: None,
         };
         let mut simulation = Simulation {
-            store: FaultyStore::new(rng.u64(..)),
+            store: FaultyStore::new(rng.u64(..)).with_traits(traits),
+            encrypts,
             rng,
             size,
             server,
@@ -327,6 +350,10 @@ impl Simulation {
         }
         self.check_acknowledged().await;
         self.sleep(3000).await;
+        if self.encrypts && self.rng.u32(0..4) == 0 {
+            let is_on = self.options.keys.recipients.is_some();
+            self.options.keys = if is_on { Keys::default() } else { encrypted() };
+        }
         self.start_agent();
     }
 
@@ -468,24 +495,29 @@ impl Simulation {
     /// Every object decodes to the server's bytes, and the current timeline is archived without a hole.
     async fn check_archive(&mut self) {
         let objects = self.store.memory().objects();
+        let mut segments = BTreeSet::new();
         for (key, body) in &objects {
             let path: Vec<&str> = key.as_str().split('/').collect();
             let [_, _, "wal", rest @ ..] = path.as_slice() else { continue };
             match rest {
                 [_, name] => match WalObject::parse(name) {
-                    Some(WalObject::Segment(segment)) => {
+                    Some(WalObject::Segment(segment, form)) => {
                         self.tally.segments += 1;
-                        let start = self.size.start_of(segment.number(self.size).expect("a name of this size"));
-                        self.compare(segment, start, body);
+                        self.tally.encrypted_segments += u64::from(form == Form::Encrypted);
+                        assert!(segments.insert(segment), "{segment} has two objects");
+                        let number = segment.number(self.size).expect("a name of this size");
+                        self.compare(segment, self.size.start_of(number), self.size.bytes(), form, body);
                     }
                     Some(WalObject::Index(_)) => {}
+                    // Left by a crash before the segment was stored, or after it was indexed.
+                    Some(WalObject::RawMarker(..)) => assert!(body.is_empty()),
                     other => panic!("an unexpected object: {key} ({other:?})"),
                 },
                 [_, directory, name] => {
                     let segment: SegmentName = directory.strip_suffix(".tail").unwrap().parse().unwrap();
                     let tail = TailName::parse(name).expect("only tails lie in a tail directory");
                     self.tally.tails += 1;
-                    self.compare(segment, tail.from, body);
+                    self.compare(segment, tail.from, tail.to - tail.from, tail.form, body);
                 }
                 _ => {}
             }
@@ -493,17 +525,26 @@ impl Simulation {
         let archive = self.archive().await.expect("there is an archive");
         let flush = self.writers[&self.current].flush_lsn();
         let held = &archive.held[&self.current];
+        // A child's own files begin with the fork's segment; where that lies before the archive's start, they may begin
+        // with the archive too.
         let begin = match self.current {
             TimelineId(1) => archive.start,
-            // A child's own files begin with the fork's segment, even where that lies before the archive's start.
-            _ => self.writers[&self.current].start(),
+            _ => self.writers[&self.current].start().max(archive.start),
         };
         assert_eq!(held.end_from(begin), flush, "the current timeline is archived up to its end");
     }
 
-    fn compare(&mut self, segment: SegmentName, start: Lsn, body: &Bytes) {
-        let raw = zstd::stream::decode_all(&body[..]).expect("every object decodes");
-        let end = start + raw.len() as u64;
+    fn compare(&mut self, segment: SegmentName, start: Lsn, length: u64, form: Form, body: &Bytes) {
+        let identities = Identities::parse(IDENTITY.as_bytes()).expect("an identity");
+        let mut raw = Vec::new();
+        let mut sink = |bytes: &[u8]| {
+            raw.extend_from_slice(bytes);
+            Ok(())
+        };
+        let mut decoder = ObjectDecoder::new(form, Some(&identities), length).expect("there is an identity");
+        decoder.feed(body, &mut sink).expect("every object decodes");
+        decoder.finish(&mut sink).expect("every object decodes");
+        let end = start + length;
         let writer = &self.writers[&segment.timeline];
         assert!(end <= writer.flush_lsn(), "{segment}: the archive holds {end}, the server never wrote it");
         assert!(raw == writer.bytes(start..end), "{segment}: other bytes than the server's from {start} to {end}");
@@ -520,7 +561,8 @@ impl Simulation {
                     assert!(before.is_none_or(|before| before == body), "{key} was stored twice, differently");
                 }
                 Event::Deleted { key, .. } => {
-                    let harmless = key.as_str().contains(".tail/") || key.as_str().ends_with(".index.json");
+                    let kinds = [".tail/", ".index.json", ".raw-"];
+                    let harmless = kinds.iter().any(|kind| key.as_str().contains(kind));
                     assert!(harmless, "{key} was deleted");
                 }
                 Event::Refused { .. } => {}
@@ -541,6 +583,12 @@ impl Simulation {
         assert!(status.failure.is_none_or(|failure| failure.disposition != Disposition::Stop));
         self.stop_agent().await;
     }
+}
+
+fn encrypted() -> Keys {
+    let identities = Identities::parse(IDENTITY.as_bytes()).expect("an identity");
+    let recipients = Recipients::parse(&identities.public_keys()).expect("its recipient");
+    Keys { recipients: Some(recipients), identities: None }
 }
 
 /// What the archive holds, as its catalog tells.

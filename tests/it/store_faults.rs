@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use seawall::catalog::ledger::FactKind;
-use seawall::replication::{Address, Connection, Login, NetDialer, SessionKind, SlotName, SslMode, Start};
+use seawall::replication::{Address, Connection, Login, NetDialer, Security, SessionKind, SlotName, SslMode, Start};
 use seawall::wal::{Lsn, TimelineId};
 
 use crate::support::agent::{Agent, Signal};
@@ -23,6 +23,7 @@ fn login(server: &Server, kind: SessionKind) -> Login {
     Login {
         address: Address::Unix { directory: server.socket_dir(), port: server.port() },
         ssl_mode: SslMode::Disable,
+        security: Security::default(),
         user: "postgres".into(),
         password: None,
         kind,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::*;
 use crate::error::{Advice, Disposition, ExitCode};
-use crate::replication::{Address, NetDialer, SessionKind, StartFault};
+use crate::replication::{Address, NetDialer, Security, SessionKind, StartFault};
 use crate::secret::Secret;
 use crate::testkit::walsender::{ModelAuth, ModelServer, ModelWal};
 use crate::wal::SystemId;
@@ -16,6 +16,7 @@ fn login() -> Login {
     Login {
         address: Address::Tcp { host: "model".into(), ip: None, port: 5432 },
         ssl_mode: SslMode::Disable,
+        security: Security::default(),
         user: "archiver".into(),
         password: Some(Secret::new("geheim")),
         kind: SessionKind::Physical,
@@ -481,9 +482,11 @@ async fn over_tcp_and_without_tls_as_the_mode_says() {
     assert!(matches!(error, ConnectError::TlsNotOffered { .. }), "{error}");
 
     server.with(|state| state.faults.tls_answer = Some(b'E'));
-    Connection::open(&NetDialer, &prefer).await.unwrap();
+    // An error in place of an answer ends the attempt in every mode, as in libpq: it is no refusal of TLS.
+    let error = Connection::open(&NetDialer, &prefer).await.unwrap_err();
+    assert!(matches!(error, ConnectError::TlsError { .. }), "{error}");
     let error = Connection::open(&NetDialer, &require).await.unwrap_err();
-    assert!(matches!(error, ConnectError::TlsAnswer { .. }), "{error}");
+    assert!(matches!(error, ConnectError::TlsError { .. }), "{error}");
 }
 
 #[tokio::test]

@@ -9,11 +9,16 @@ use jiff::Timestamp;
 use zstd::zstd_safe::CParameter;
 
 use super::*;
+use crate::catalog::IndexEntry;
+use crate::catalog::store::Archive;
 use crate::catalog::{Crc32, FactKind, IndexFile, LedgerFact, SegmentRange};
-use crate::repository::layout::{Epoch, IndexName, Lineage, TailName};
+use crate::codec::Form;
+use crate::codec::encrypt::{Encryptor, Identities, Recipients};
+use crate::repository::layout::{self, Epoch, IndexName, Lineage, TailName};
 use crate::repository::{Backend, Entry, Facts, Upload};
+use crate::repository::{Key, StoreError, StoreErrorKind};
 use crate::testkit::store::MemoryStore;
-use crate::wal::{Carry, Proof, SegmentSummary};
+use crate::wal::{Carry, Proof, SegmentSize, SegmentSummary};
 
 const MIB: u64 = 1 << 20;
 const SYSTEM: SystemId = SystemId(7_000_000_000_000_000_001);
@@ -87,7 +92,14 @@ fn entry(name: SegmentName, raw: &[u8], stored: &[u8]) -> IndexEntry {
 fn tail_name(epoch: u32, number: u64, from: u64, bytes: &[u8]) -> TailName {
     let from = Lsn(number * MIB + from);
     let raw_crc32 = crc32fast::hash(bytes);
-    TailName { epoch: Epoch(epoch), from, to: from + bytes.len() as u64, raw_crc32, last_commit: None }
+    TailName {
+        epoch: Epoch(epoch),
+        from,
+        to: from + bytes.len() as u64,
+        raw_crc32,
+        last_commit: None,
+        form: Form::Plain,
+    }
 }
 
 /// An archive under construction.
@@ -110,6 +122,7 @@ impl World {
             slot: None,
         };
         world.put(&lineage().lineage_json(), &serde_json::to_vec(&file).unwrap());
+        world.put(&layout::repository(), br#"{"schema":1,"format":1,"created":"2026-11-22T11:00:00Z","id":"1"}"#);
         world
     }
 
@@ -134,7 +147,7 @@ impl World {
 
     fn seal_raw(&self, name: SegmentName, raw: &[u8]) {
         let stored = encode(raw);
-        self.put(&lineage().segment(name), &stored);
+        self.put(&lineage().segment(name, Form::Plain), &stored);
         self.index(entry(name, raw, &stored), 1);
     }
 
@@ -161,8 +174,12 @@ impl World {
     }
 }
 
+fn holder(repository: &str, backend: Arc<dyn Backend>) -> Holder {
+    Holder { repository: repository.to_string(), archive: Archive::new(backend, lineage()) }
+}
+
 fn wal_get_from(backend: Arc<dyn Backend>) -> WalGet {
-    WalGet::new(Archive::new(backend, lineage()), PathChoice::Latest)
+    WalGet::new(vec![holder("local", backend)], PathChoice::Latest)
 }
 
 /// The delivered bytes, `None` for absent; whatever happens, nothing else is left in the directory.
@@ -205,7 +222,7 @@ async fn a_hole_is_an_error_whatever_directory_it_is_in() {
         assert!(world.fault(name(1, number)).await.contains("is a hole"), "{number}");
     }
     assert_eq!(world.get(name(1, 4096 + 8)).await, Ok(None));
-    world.remove(&lineage().segment(name(1, 5)));
+    world.remove(&lineage().segment(name(1, 5), Form::Plain));
     assert!(world.fault(name(1, 5)).await.contains("its object is not there"));
 }
 
@@ -276,10 +293,10 @@ async fn wal_beyond_a_fork_does_not_leak() {
     child[5000..].fill(0x77);
     world.tail(1, 2, 4, 0, &child[..6000]);
     assert!(world.get(name(2, 4)).await == Ok(Some(padded(&child[..6000]))));
-    world.remove(&lineage().segment(name(1, 4)));
+    world.remove(&lineage().segment(name(1, 4), Form::Plain));
     world.remove(&lineage().index(IndexName { first: name(1, 4), last: name(1, 4), epoch: Epoch(1) }));
     assert!(world.get(name(1, 4)).await == Ok(Some(parent)), "the child repeats its parent's bytes");
-    world.remove(&lineage().segment(name(1, 3)));
+    world.remove(&lineage().segment(name(1, 3), Form::Plain));
     world.remove(&lineage().index(IndexName { first: name(1, 3), last: name(1, 3), epoch: Epoch(1) }));
     assert_eq!(world.get(name(1, 3)).await, Ok(None), "the path now begins with segment 4");
 }
@@ -332,12 +349,12 @@ async fn every_object_is_distrusted_at_header_middle_and_trailer() {
     world.seal(1, 3);
     world.seal(1, 4);
     world.fork(2, "1\t0/900000\tx\n");
-    world.put(&lineage().segment(name(1, 6)), &encode(&raw(1, 6, 0)));
+    world.put(&lineage().segment(name(1, 6), Form::Plain), &encode(&raw(1, 6, 0)));
     world.tail(1, 1, 7, 0, &raw(1, 7, 0)[..9000]);
     for (key, body) in world.store.objects() {
         let index = key.as_str().ends_with(".json");
         let asked = if key.as_str().contains(".tail/") { name(1, 7) } else { at };
-        let asked = if key == lineage().segment(name(1, 6)) { name(1, 6) } else { asked };
+        let asked = if key == lineage().segment(name(1, 6), Form::Plain) { name(1, 6) } else { asked };
         let good = world.get(asked).await;
         for length in [0, 1, body.len() / 2, body.len() - 1] {
             world.put(&key, &body[..length]);
@@ -364,13 +381,13 @@ async fn every_object_is_distrusted_at_header_middle_and_trailer() {
 async fn unindexed_segments_prove_themselves() {
     let (world, at) = (World::new(), name(1, 4));
     let stored = encode(&raw(1, 4, 0));
-    world.put(&lineage().segment(at), &stored);
+    world.put(&lineage().segment(at, Form::Plain), &stored);
     assert!(world.get(at).await == Ok(Some(raw(1, 4, 0))));
-    world.put(&lineage().segment(at), &encode(&raw(1, 4, 0)[..500_000]));
+    world.put(&lineage().segment(at, Form::Plain), &encode(&raw(1, 4, 0)[..500_000]));
     assert!(world.fault(at).await.contains("decodes to 500000 bytes"));
-    world.put(&lineage().segment(at), b"");
+    world.put(&lineage().segment(at, Form::Plain), b"");
     assert!(world.fault(at).await.contains("decodes to 0 bytes"));
-    world.put(&lineage().segment(at), &encode(&vec![0; 40 * MIB as usize]));
+    world.put(&lineage().segment(at, Form::Plain), &encode(&vec![0; 40 * MIB as usize]));
     assert!(world.fault(at).await.contains("follows the last one"), "a decompression bomb");
 }
 
@@ -388,9 +405,9 @@ async fn entries_that_disagree_are_a_conflict_and_repairs_are_preferred() {
 
     let mut damaged = stored.clone();
     damaged[5000] ^= 1;
-    world.put(&lineage().segment(at), &damaged);
+    world.put(&lineage().segment(at, Form::Plain), &damaged);
     assert!(world.fault(at).await.contains("is damaged"));
-    world.put(&lineage().repair(at, crc32fast::hash(&good)), &stored);
+    world.put(&lineage().repair(at, crc32fast::hash(&good), Form::Plain), &stored);
     assert!(world.get(at).await == Ok(Some(good.clone())));
 
     world.index(entry(at, &raw(1, 4, 9), &stored), 3);
@@ -401,11 +418,11 @@ async fn entries_that_disagree_are_a_conflict_and_repairs_are_preferred() {
 async fn valid_content_that_is_not_the_indexed_one_is_refused() {
     let (world, at) = (World::new(), name(1, 4));
     let stored = encode(&raw(1, 4, 0));
-    world.put(&lineage().segment(at), &stored);
+    world.put(&lineage().segment(at, Form::Plain), &stored);
     // Same size, every frame valid, the header fits: only the index entry tells them apart.
     world.index(entry(at, &raw(1, 4, 9), &stored), 1);
     assert!(world.fault(at).await.contains("its content has CRC-32"));
-    world.put(&lineage().segment(at), &stored[..stored.len() - 1]);
+    world.put(&lineage().segment(at, Form::Plain), &stored[..stored.len() - 1]);
     assert!(world.fault(at).await.contains("its index entry says"));
 }
 
@@ -425,9 +442,9 @@ async fn expired_segments_are_gone_before_they_are_deleted() {
     (3..7).for_each(|number| world.seal(1, number));
     let mut fact = LedgerFact::new(FactKind::Expired, now(), "retention");
     fact.segments.push(SegmentRange { first: name(1, 3), last: name(1, 4) });
-    let archive = world.wal_get().archive;
+    let archive = world.wal_get().holders.remove(0).archive;
     archive.append_ledger(&fact, 1).await.unwrap();
-    world.remove(&lineage().segment(name(1, 4)));
+    world.remove(&lineage().segment(name(1, 4), Form::Plain));
     assert_eq!(world.get(name(1, 4)).await, Ok(None), "half deleted");
     let state = archive.frontier(TimelineId(1), size()).await.unwrap();
     assert_eq!((state.run_from, state.end), (Some(Lsn(5 * MIB)), Some(Lsn(7 * MIB))));
@@ -550,4 +567,322 @@ fn the_system_identifier_is_the_first_field_of_pg_control() {
     assert_eq!(read_system_id(pgdata.path()).unwrap(), SYSTEM);
     std::fs::write(&control, [1, 2, 3]).unwrap();
     assert!(read_system_id(pgdata.path()).is_err());
+}
+
+// --- Several repositories ----------------------------------------------------------------------------------------
+
+fn union(worlds: &[&World]) -> WalGet {
+    let name = |index: usize| ["local", "offsite", "third"][index];
+    let holders = worlds.iter().enumerate().map(|(index, world)| holder(name(index), Arc::new(world.store.clone())));
+    WalGet::new(holders.collect(), PathChoice::Latest)
+}
+
+/// The first answers, the others' stores are down for good.
+fn with_silent(worlds: &[&World]) -> WalGet {
+    let mut wal_get = union(worlds);
+    wal_get.holders.push(holder("silent", Arc::new(down(u32::MAX))));
+    wal_get
+}
+
+fn down(calls: u32) -> Racing {
+    let (world, watched, down) = (World::new(), lineage().wal(), AtomicU32::new(calls));
+    Racing { world, watched, seen: AtomicU32::new(0), at: u32::MAX, event: |_| (), down }
+}
+
+async fn ask(wal_get: &WalGet, name: SegmentName) -> Result<Option<Vec<u8>>, String> {
+    get_by(wal_get, &name.to_string()).await
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_segment_comes_from_any_repository_that_has_it_intact() {
+    let (one, other) = (World::new(), World::new());
+    [3, 4, 6, 7].iter().for_each(|&number| one.seal(1, number));
+    [4, 5, 6].iter().for_each(|&number| other.seal(1, number));
+    let mut stored = encode(&raw(1, 6, 0));
+    stored[5000] ^= 1;
+    one.put(&lineage().segment(name(1, 6), Form::Plain), &stored);
+    one.remove(&lineage().segment(name(1, 4), Form::Plain));
+    let both = union(&[&one, &other]);
+    for number in 3..8 {
+        assert!(ask(&both, name(1, number)).await == Ok(Some(raw(1, number, 0))), "{number}");
+    }
+    assert_eq!((ask(&both, name(1, 2)).await, ask(&both, name(1, 8)).await), (Ok(None), Ok(None)));
+    assert!(ask(&union(&[&one]), name(1, 5)).await.unwrap_err().contains("is a hole"));
+    other.remove(&lineage().segment(name(1, 6), Form::Plain));
+    assert!(ask(&both, name(1, 6)).await.unwrap_err().contains("is damaged"), "damaged in one, missing in the other");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_name_nobody_has_is_absent_only_when_everybody_has_answered() {
+    let world = World::new();
+    (3..6).for_each(|number| world.seal(1, number));
+    world.fork(2, "1\t0/900000\tx\n");
+    let wal_get = with_silent(&[&world]);
+    assert!(ask(&wal_get, name(1, 4)).await == Ok(Some(raw(1, 4, 0))));
+    assert!(get_by(&wal_get, "00000002.history").await.unwrap().is_some());
+    for nobody_has in
+        ["000000010000000000000006", "000000010000000000000002", "00000003.history", "000000030000000000000004"]
+    {
+        let started = Instant::now();
+        let fault = get_by(&wal_get, nobody_has).await.unwrap_err();
+        assert!(fault.contains("not every repository answered: silent: could not read"), "{fault}");
+        assert!(started.elapsed() >= WalGet::PATIENCE / 2, "it may come back");
+        assert_eq!(get_by(&union(&[&world, &world]), nobody_has).await, Ok(None), "{nobody_has}");
+    }
+    // A repository that comes back in time has a say.
+    let mut wal_get = union(&[&world]);
+    wal_get.holders.push(holder("late", Arc::new(down(9))));
+    assert_eq!(get_by(&wal_get, "00000003.history").await, Ok(None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_that_is_no_repository_or_lacks_the_lineage_has_not_answered() {
+    let (world, other) = (World::new(), World::new());
+    world.seal(1, 3);
+    other.remove(&lineage().lineage_json());
+    let wal_get = union(&[&world, &other]);
+    assert!(ask(&wal_get, name(1, 3)).await.unwrap().is_some());
+    let started = Instant::now();
+    assert!(ask(&wal_get, name(1, 4)).await.unwrap_err().contains("offsite: object memory:/main/"));
+    other.remove(&layout::repository());
+    assert!(ask(&wal_get, name(1, 4)).await.unwrap_err().contains("holds no repository of seawall's"));
+    assert!(started.elapsed() < WalGet::PATIENCE, "waiting does not help");
+    assert!(ask(&union(&[&other, &other]), name(1, 3)).await.unwrap_err().contains("nothing is known"));
+}
+
+/// A store that never answers, as a dead NFS server does.
+#[tokio::test(start_paused = true)]
+async fn a_repository_that_hangs_does_not_keep_what_others_have() {
+    #[derive(Debug)]
+    struct Hanging;
+    #[async_trait]
+    impl Backend for Hanging {
+        fn describe(&self) -> String {
+            "hanging:".to_string()
+        }
+        async fn put_new_with(&self, _: &Key, _: &[Bytes], _: &Facts) -> Result<(), StoreError> {
+            std::future::pending().await
+        }
+        async fn begin_upload(&self, _: &Key) -> Result<Box<dyn Upload>, StoreError> {
+            std::future::pending().await
+        }
+        async fn stat(&self, _: &Key) -> Result<Option<u64>, StoreError> {
+            std::future::pending().await
+        }
+        async fn fetch(&self, _: &Key, _: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
+            std::future::pending().await
+        }
+        async fn list(&self, _: Option<&Key>) -> Result<Vec<Entry>, StoreError> {
+            std::future::pending().await
+        }
+        async fn delete(&self, _: &Key) -> Result<(), StoreError> {
+            std::future::pending().await
+        }
+    }
+    let world = World::new();
+    world.seal(1, 3);
+    let mut wal_get = union(&[&world]);
+    wal_get.holders.insert(0, holder("hanging", Arc::new(Hanging)));
+    let started = Instant::now();
+    assert!(ask(&wal_get, name(1, 3)).await.unwrap().is_some());
+    assert!(started.elapsed() <= SILENCE * 2);
+    let fault = ask(&wal_get, name(1, 4)).await.unwrap_err();
+    assert!(fault.contains("hanging: it did not answer within"), "{fault}");
+    assert!(started.elapsed() <= WalGet::PATIENCE + SILENCE_MAX);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_an_unfinished_segment_is_the_furthest_of_all_repositories() {
+    let (one, other, bytes) = (World::new(), World::new(), raw(1, 4, 0));
+    (2..4).for_each(|number| other.seal(1, number));
+    one.tail(9, 1, 4, 0, &bytes[..3000]);
+    other.tail(1, 1, 4, 0, &bytes[..1000]);
+    other.tail(2, 1, 4, 1000, &bytes[1000..5000]);
+    for worlds in [[&one, &other], [&other, &one]] {
+        assert!(ask(&union(&worlds), name(1, 4)).await == Ok(Some(padded(&bytes[..5000]))));
+    }
+    // It ends here only if nobody else may know more.
+    let fault = ask(&with_silent(&[&one, &other]), name(1, 4)).await.unwrap_err();
+    assert!(fault.contains("is unfinished in those that did"), "{fault}");
+    one.seal(1, 5);
+    assert!(ask(&union(&[&other, &one]), name(1, 4)).await.unwrap_err().contains("is in the archive"));
+    one.seal(1, 4);
+    assert!(ask(&with_silent(&[&other, &one]), name(1, 4)).await == Ok(Some(bytes)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn tails_are_read_from_whichever_repository_has_them_intact() {
+    let (one, other, bytes) = (World::new(), World::new(), raw(1, 4, 0));
+    let first = one.tail(1, 1, 4, 0, &bytes[..1000]);
+    one.tail(1, 1, 4, 1000, &bytes[1000..2000]);
+    other.tail(5, 1, 4, 0, &bytes[..1000]);
+    let second = other.tail(5, 1, 4, 1000, &bytes[1000..2000]);
+    let mut torn = encode(&bytes[..1000]);
+    *torn.last_mut().unwrap() ^= 1;
+    let both = union(&[&one, &other]);
+    for damage in [&b""[..], &encode(&raw(1, 4, 0x55)[..1000]), &torn] {
+        one.put(&first, damage);
+        other.put(&second, damage);
+        assert!(ask(&both, name(1, 4)).await == Ok(Some(padded(&bytes[..2000]))));
+    }
+    assert!(ask(&union(&[&one]), name(1, 4)).await.is_err());
+    // Cut in another place, and reaching as far: another way to the same end.
+    let third = World::new();
+    third.tail(1, 1, 4, 0, &bytes[..2000]);
+    assert!(ask(&union(&[&one, &third]), name(1, 4)).await == Ok(Some(padded(&bytes[..2000]))));
+    // Not as far: the end would be a lie.
+    let short = World::new();
+    short.tail(1, 1, 4, 0, &bytes[..1500]);
+    assert!(ask(&union(&[&one, &short]), name(1, 4)).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn repositories_that_hold_different_bytes_are_not_chosen_between() {
+    let (one, other) = (World::new(), World::new());
+    let (bytes, strange) = (raw(1, 4, 0), raw(1, 4, 0x55));
+    one.tail(1, 1, 4, 0, &bytes[..3000]);
+    other.tail(1, 1, 4, 0, &strange[..3000]);
+    let fault = ask(&union(&[&one, &other]), name(1, 4)).await.unwrap_err();
+    assert!(fault.contains("repositories local and offsite hold different bytes"), "{fault}");
+    // Names cannot tell, the bytes can.
+    let other = World::new();
+    other.tail(1, 1, 4, 0, &strange[..2000]);
+    let fault = ask(&union(&[&one, &other]), name(1, 4)).await.unwrap_err();
+    assert!(fault.contains("differ from another tail's"), "{fault}");
+    let same = World::new();
+    same.tail(1, 1, 4, 0, &bytes[..2000]);
+    assert!(ask(&union(&[&one, &same]), name(1, 4)).await == Ok(Some(padded(&bytes[..3000]))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_repository_goes_on_where_another_one_ends_only_over_equal_bytes() {
+    let (one, other, bytes) = (World::new(), World::new(), raw(1, 4, 0));
+    one.tail(1, 1, 4, 0, &bytes[..1000]);
+    one.tail(1, 1, 4, 1000, &bytes[1000..2000]);
+    other.tail(3, 1, 4, 2000, &bytes[2000..4000]);
+    let fault = ask(&union(&[&one, &other]), name(1, 4)).await.unwrap_err();
+    assert!(fault.contains("its tails end at") && fault.contains("go on at"), "{fault}");
+    other.tail(3, 1, 4, 1000, &bytes[1000..2000]);
+    assert!(ask(&union(&[&one, &other]), name(1, 4)).await == Ok(Some(padded(&bytes[..4000]))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn histories_are_united_and_two_of_one_timeline_are_an_error() {
+    let (one, other) = (World::new(), World::new());
+    (3..8).for_each(|number| one.seal(1, number));
+    let fork = 4 * MIB + 5000;
+    let text = format!("1\t0/{fork:X}\tno recovery target specified\n");
+    other.fork(2, &text);
+    let both = union(&[&one, &other]);
+    assert!(ask(&both, name(1, 4)).await == Ok(Some(padded(&raw(1, 4, 0)[..5000]))), "nothing leaks beyond the fork");
+    assert_eq!(get_by(&both, "00000002.history").await, Ok(Some(text.clone().into_bytes())));
+    one.put(&lineage().history(TimelineId(2)), b"");
+    assert_eq!(get_by(&both, "00000002.history").await, Ok(Some(text.into_bytes())), "one copy is damaged");
+    one.fork(2, "1\t0/700000\tx\n");
+    for asked in ["00000002.history", "000000010000000000000004"] {
+        assert!(get_by(&both, asked).await.unwrap_err().contains("is not the same in repositories local and offsite"));
+    }
+}
+
+// --- Encrypted objects -------------------------------------------------------------------------------------------
+
+const IDENTITY: &str = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX";
+
+fn identities() -> Identities {
+    Identities::parse(IDENTITY.as_bytes()).unwrap()
+}
+
+fn encrypt(plain: &[u8], to: &Identities) -> Vec<u8> {
+    let mut encryptor = Encryptor::new(&Recipients::parse(&to.public_keys()).unwrap());
+    [encryptor.push(plain), encryptor.finish()].concat()
+}
+
+fn stranger() -> Identities {
+    use age::secrecy::ExposeSecret;
+    Identities::parse(age::x25519::Identity::generate().to_string().expose_secret().as_bytes()).unwrap()
+}
+
+impl World {
+    fn seal_encrypted(&self, number: u64, to: &Identities) {
+        let (name, raw) = (name(1, number), raw(1, number, 0));
+        let stored = encrypt(&encode(&raw), to);
+        self.put(&lineage().segment(name, Form::Encrypted), &stored);
+        self.index(entry(name, &raw, &stored), 1);
+    }
+
+    fn tail_encrypted(&self, number: u64, from: u64, bytes: &[u8], to: &Identities) {
+        let tail = TailName { form: Form::Encrypted, ..tail_name(1, number, from, bytes) };
+        self.put(&lineage().tail(name(1, number), &tail), &encrypt(&encode(bytes), to));
+    }
+}
+
+fn reading_with(mut wal_get: WalGet, identities: Option<Identities>) -> WalGet {
+    for holder in &mut wal_get.holders {
+        holder.archive.keys.identities = identities.clone();
+    }
+    wal_get
+}
+
+#[tokio::test(start_paused = true)]
+async fn encrypted_and_plain_objects_may_be_mixed() {
+    let (world, bytes) = (World::new(), raw(1, 6, 0));
+    world.seal(1, 3);
+    world.seal_encrypted(4, &identities());
+    world.seal(1, 5);
+    world.tail(1, 1, 6, 0, &bytes[..70_000]);
+    world.tail_encrypted(6, 70_000, &bytes[70_000..700_000], &identities());
+    let wal_get = reading_with(world.wal_get(), Some(identities()));
+    for number in 3..6 {
+        assert!(ask(&wal_get, name(1, number)).await == Ok(Some(raw(1, number, 0))), "{number}");
+    }
+    assert!(ask(&wal_get, name(1, 6)).await == Ok(Some(padded(&bytes[..700_000]))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_the_right_key_nothing_is_delivered_nor_absent() {
+    let (world, bytes) = (World::new(), raw(1, 4, 0));
+    world.seal(1, 2);
+    world.seal_encrypted(3, &identities());
+    world.tail_encrypted(4, 0, &bytes[..700_000], &identities());
+    for (keys, words) in
+        [(None, "there is no identity to read it with"), (Some(stranger()), "encrypted to other recipients")]
+    {
+        let wal_get = reading_with(world.wal_get(), keys);
+        assert!(ask(&wal_get, name(1, 2)).await.unwrap().is_some());
+        for number in [3, 4] {
+            let fault = ask(&wal_get, name(1, number)).await.unwrap_err();
+            assert!(fault.contains("cannot be read") && fault.contains(words), "{fault}");
+        }
+        assert_eq!(ask(&wal_get, name(1, 5)).await, Ok(None), "names need no key");
+    }
+    // Another repository has it plain.
+    let plain = World::new();
+    plain.seal(1, 3);
+    plain.tail(1, 1, 4, 0, &bytes[..700_000]);
+    let wal_get = union(&[&world, &plain]);
+    assert!(ask(&wal_get, name(1, 3)).await == Ok(Some(raw(1, 3, 0))));
+    assert!(ask(&wal_get, name(1, 4)).await == Ok(Some(padded(&bytes[..700_000]))));
+}
+
+#[tokio::test(start_paused = true)]
+async fn damaged_encrypted_objects_are_found() {
+    let world = World::new();
+    world.seal(1, 3);
+    world.seal_encrypted(4, &identities());
+    let key = lineage().segment(name(1, 4), Form::Encrypted);
+    let good = world.store.objects()[&key].to_vec();
+    let wal_get = reading_with(world.wal_get(), Some(identities()));
+    for length in [0, 1, 100, good.len() / 2, good.len() - 1] {
+        world.put(&key, &good[..length]);
+        assert!(ask(&wal_get, name(1, 4)).await.is_err(), "cut to {length}");
+    }
+    for byte in [0, 30, 150, 300, good.len() / 2, good.len() - 1] {
+        let mut damaged = good.clone();
+        damaged[byte] ^= 1;
+        world.put(&key, &damaged);
+        assert!(ask(&wal_get, name(1, 4)).await.is_err(), "byte {byte}");
+    }
+    // Authentic, and not what the index tells.
+    world.put(&key, &encrypt(&encode(&raw(1, 4, 9)), &identities()));
+    assert!(ask(&wal_get, name(1, 4)).await.is_err());
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use seawall::agent::startup;
 use seawall::catalog::store::{self, Archive};
 use seawall::catalog::{Catalog, Source};
+use seawall::codec::Form;
 use seawall::continuity::{self, Gap, GapState};
 use seawall::repository::{Key, LocalBackend};
 use seawall::wal::{Lsn, TimelineId};
@@ -142,7 +143,11 @@ impl Archived {
         let mut compared = Compared::default();
         for piece in catalog.timelines.keys().flat_map(|&timeline| catalog.pieces(timeline)) {
             let (name, key) = match piece.source {
-                Source::Sealed(name) => (name, lineage.segment(name)),
+                Source::Sealed(name) => {
+                    let form = [Form::Plain, Form::Encrypted].into_iter();
+                    let mut keys = form.map(|form| lineage.segment(name, form));
+                    (name, keys.find(|key| self.path_of(key).exists()).expect("a piece has its object"))
+                }
                 Source::Tail(tail) => {
                     let timeline = catalog.timelines.values().flatten();
                     let of_tail = timeline.flat_map(|directory| &directory.tails);

@@ -10,6 +10,12 @@ pub mod model;
 pub mod postgres;
 pub mod process;
 pub mod rig;
+pub mod s3;
+mod s3_http;
+mod s3_memory;
+pub mod s3_rig;
+mod s3_rule;
+pub mod s3_stores;
 
 /// One test per PostgreSQL major from one function taking the major; those not installed here say so and pass.
 ///

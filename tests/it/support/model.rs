@@ -11,8 +11,9 @@ use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
 use seawall::catalog::ledger::{FactKind, LedgerFact};
 use seawall::catalog::store::{self, Archive};
+use seawall::codec::encrypt::Keys;
 use seawall::error::Failure;
-use seawall::receiver::Clock;
+use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::testkit::logins::ModelLogins;
 use seawall::testkit::store::{FaultyStore, MemoryStore};
@@ -39,6 +40,8 @@ pub struct Model {
     pub server: ModelServer,
     pub wal: WalWriter,
     pub started: Instant,
+    /// What its agents encrypt to.
+    pub keys: Keys,
     xid: u32,
 }
 
@@ -54,7 +57,7 @@ impl Model {
         server.with(|state| state.server_version = format!("{major}.1"));
         let mut wal = WalWriter::new(major, system_id, size, TimelineId(1), start);
         wal.noop(120);
-        Model { server, wal, started: Instant::now(), xid: 100 }
+        Model { server, wal, started: Instant::now(), keys: Keys::default(), xid: 100 }
     }
 
     /// Writes and flushes about `bytes` of rows of `value`, and a commit.
@@ -92,7 +95,10 @@ impl Model {
             tail_interval: Duration::from_secs(1),
             shutdown_grace: Duration::from_secs(10),
             memory_bytes: 8 * MIB,
+            acknowledge: Acknowledge::Repository,
+            spool: None,
             synchronous: None,
+            keys: self.keys.clone(),
             host: None,
         };
         let stop = CancellationToken::new();

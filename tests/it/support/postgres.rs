@@ -206,7 +206,7 @@ impl Builder {
     }
 }
 
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
     std::iter::repeat_with(|| fastrand::u16(PORTS)).take(1000).find(is_free).expect("one of a thousand ports is free")
 }
@@ -608,8 +608,16 @@ impl Server {
 
     /// Load that goes on for `seconds` while the test does something else; ends when dropped.
     pub fn pgbench_background(&self, clients: u32, seconds: u32) -> BackgroundLoad {
-        let arguments = ["-n", "-c", &clients.to_string(), "-T", &seconds.to_string()];
-        let mut pgbench = self.pgbench_command(&arguments);
+        self.background(&["-c", &clients.to_string(), "-T", &seconds.to_string()])
+    }
+
+    /// The same with so many transactions a second, by one client.
+    pub fn pgbench_background_at(&self, per_second: u32, seconds: u32) -> BackgroundLoad {
+        self.background(&["-R", &per_second.to_string(), "-T", &seconds.to_string()])
+    }
+
+    fn background(&self, arguments: &[&str]) -> BackgroundLoad {
+        let mut pgbench = self.pgbench_command(&[&["-n"], arguments].concat());
         let child = pgbench.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         BackgroundLoad { pgbench: Reaped(child.expect("pgbench starts")) }
     }
