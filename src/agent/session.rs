@@ -78,6 +78,14 @@ pub struct Watched {
     pub activity: Arc<watch::Sender<Activity>>,
     /// In the order of the configuration.
     pub repositories: Vec<WatchedRepository>,
+    pub memory: MemoryBudget,
+    /// Whether the server's commits wait for this archive.
+    pub synchronous: watch::Receiver<bool>,
+    /// The server the stream comes from.
+    pub address: Address,
+    pub server_major: u32,
+    /// What the repositories that take part hold of the lineage.
+    pub archives: Vec<Archive>,
     pub spool: Arc<watch::Sender<SpoolHealth>>,
 }
 
@@ -173,8 +181,9 @@ pub async fn run(
     let frontier = &assignment.frontier;
     let memory = MemoryBudget::new(options.memory_bytes);
     let abort = CancellationToken::new();
+    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let Members { watched, outlets, running, repairs, mut encoded } =
-        begin_members(world, options, &assignment, &memory, &abort).await;
+        begin_members(world, options, &assignment, &memory, &synchronous, &abort).await;
     watching(watched.clone());
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
     let (spooling, spooled) = start_spooling(world, options, &assignment, &memory, &watched).unzip();
@@ -205,7 +214,6 @@ pub async fn run(
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
-    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let looking = synchronous::watch(world.clone(), options.clone(), assignment.address.clone(), is_synchronous);
     let looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let wiring = Wiring {
@@ -266,6 +274,7 @@ async fn begin_members(
     options: &ClusterOptions,
     assignment: &Assignment,
     memory: &MemoryBudget,
+    synchronous: &watch::Receiver<bool>,
     abort: &CancellationToken,
 ) -> Members {
     let Assignment { frontier, members, .. } = assignment;
@@ -345,7 +354,17 @@ async fn begin_members(
     }
     let activity = Arc::new(watch::Sender::new(Activity::Streaming));
     Members {
-        watched: Watched { progress, activity, repositories, spool: Arc::default() },
+        watched: Watched {
+            progress,
+            activity,
+            repositories,
+            memory: memory.clone(),
+            synchronous: synchronous.clone(),
+            address: assignment.address.clone(),
+            server_major: assignment.server_major,
+            archives: members.iter().map(|member| member.opened.archive.clone()).collect(),
+            spool: Arc::default(),
+        },
         outlets,
         running,
         repairs,

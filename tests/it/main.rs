@@ -6,6 +6,8 @@ mod demo;
 mod encryption;
 mod end_to_end;
 mod hostile;
+mod many;
+mod monitoring;
 mod readers;
 mod readme;
 mod s3_conformance;
