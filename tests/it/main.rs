@@ -3,6 +3,7 @@
 mod cli;
 mod crash;
 mod demo;
+mod docker;
 mod end_to_end;
 mod hostile;
 mod readme;
