@@ -4,6 +4,7 @@ mod cli;
 mod crash;
 mod demo;
 mod encryption;
+mod docker;
 mod end_to_end;
 mod hostile;
 mod many;
