@@ -10,9 +10,10 @@ use std::time::Duration;
 use tokio::runtime;
 
 use super::args::Global;
+use super::keys;
 use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
-use crate::codec::encrypt::Keys;
+use crate::codec::encrypt::{Identities, Keys};
 use crate::config::{ArchiveConfig, ClusterConfig, Config, HttpConfig, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
@@ -127,9 +128,24 @@ pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<C
         acknowledge: cluster.acknowledge,
         spool,
         synchronous: cluster.synchronous,
-        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: None },
+        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: identities(cluster) },
         host: host_name(),
     })
+}
+
+/// What an agent can do without: it compares an encrypted object nothing else tells about, where the key is at hand.
+fn identities(cluster: &ClusterConfig) -> Option<Identities> {
+    match keys::reading(cluster.identity_file.as_deref()) {
+        Ok(keys) => keys.identities,
+        Err(failure) => {
+            tracing::warn!(
+                cluster = cluster.name,
+                hint = failure.hint.as_deref(),
+                "archiving without identities: {failure}"
+            );
+            None
+        }
+    }
 }
 
 fn host_name() -> Option<String> {

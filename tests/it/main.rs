@@ -3,8 +3,8 @@
 mod cli;
 mod crash;
 mod demo;
-mod encryption;
 mod docker;
+mod encryption;
 mod end_to_end;
 mod hostile;
 mod many;
