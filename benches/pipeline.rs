@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use jiff::Timestamp;
-use seawall::agent::world::{ClusterOptions, World};
+use seawall::agent::world::{ClusterOptions, Repository, World};
 use seawall::agent::{Assignment, Fleet};
 use seawall::archiver::Workers;
 use seawall::codec::encrypt::Keys;
@@ -92,7 +92,7 @@ fn receive(criterion: &mut Criterion) {
             let world = World {
                 dialer: Arc::new(server.dialer()),
                 logins: Arc::new(ModelLogins),
-                backend: Arc::new(MemoryStore::default()),
+                repositories: vec![Repository { name: "memory".into(), backend: Arc::new(MemoryStore::default()) }],
                 clock: Clock::system(),
                 random: Arc::new(Mutex::new(fastrand::Rng::with_seed(1))),
                 workers: Workers::threads(2),
@@ -101,8 +101,7 @@ fn receive(criterion: &mut Criterion) {
             server.with(|state| set_flush(state, START));
             let run = async {
                 let stop = CancellationToken::new();
-                let assignment =
-                    Assignment { world, options: options(), repositories: vec!["memory".into()], required: 1 };
+                let assignment = Assignment { world, options: options() };
                 let agent = tokio::spawn(Fleet::new(vec![assignment], stop).run(Some(writer.flush_lsn())));
                 while server.with(|state| state.sent.is_empty()) {
                     tokio::time::sleep(Duration::from_millis(1)).await;
@@ -127,6 +126,7 @@ fn options() -> ClusterOptions {
         tail_interval: Duration::from_secs(5),
         shutdown_grace: Duration::from_secs(10),
         memory_bytes: 32 << 20,
+        required: 1,
         acknowledge: Acknowledge::Repository,
         spool: None,
         synchronous: None,

@@ -262,7 +262,7 @@ impl ClusterAgent {
             standby::Turn::Theirs { writer, archive } => {
                 self.status.send_modify(|status| status.state = State::Waiting);
                 let (world, options, stop) = (&self.world, &self.options, &self.stop);
-                return standby::wait(world, options, &mut opening, &archive, connection, &server, writer, stop)
+                return standby::wait(world, options, &mut opening, &archive, (connection, &server), writer, stop)
                     .await
                     .map(|()| if self.stop.is_cancelled() { Round::Stopped } else { Round::Reconnect });
             }

@@ -121,8 +121,7 @@ pub async fn wait(
     options: &ClusterOptions,
     opening: &mut Opening,
     archive: &Archive,
-    mut connection: Connection,
-    server: &Server,
+    (mut connection, server): (Connection, &Server),
     writer: WriterFile,
     stop: &CancellationToken,
 ) -> Result<(), Failure> {

@@ -297,7 +297,7 @@ impl LossClock {
         }
         if self.pending.len() > PENDING_MAX {
             // The newest stays; every other one goes.
-            let mut keep = self.pending.len() % 2 == 0;
+            let mut keep = self.pending.len().is_multiple_of(2);
             self.pending.retain(|_| {
                 keep = !keep;
                 keep

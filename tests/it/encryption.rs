@@ -176,7 +176,10 @@ impl NextSegment {
 
     async fn put(&self, body: &bytes::Bytes, raw_crc32: Option<u32>) {
         let facts = Facts { stored_crc32: None, raw_crc32 };
-        self.store.put_new_with(&self.key(Form::Encrypted), &[body.clone()], &facts).await.expect("the name is free");
+        self.store
+            .put_new_with(&self.key(Form::Encrypted), std::slice::from_ref(body), &facts)
+            .await
+            .expect("the name is free");
     }
 
     async fn announce(&self, raw_crc32: u32) {
@@ -199,7 +202,7 @@ impl NextSegment {
     }
 
     /// The agent takes the object that is there for its own content, and says what is there.
-    async fn is_accepted(self, theirs: &bytes::Bytes, form: Form) {
+    async fn accepted(self, theirs: &bytes::Bytes, form: Form) {
         self.model.publish();
         self.model.wait_acknowledged("seawall").await;
         assert!(self.model.wal.flush_lsn() > self.end);
@@ -217,7 +220,7 @@ impl NextSegment {
     }
 
     /// The agent keeps its content beside the one that is there, and stops.
-    async fn is_a_conflict(self, theirs: &bytes::Bytes) {
+    async fn conflicts(self, theirs: &bytes::Bytes) {
         self.model.publish();
         let (key, name, lineage) = (self.key(Form::Encrypted), self.name, self.archive.lineage.clone());
         let (store, raw, end) = (self.store.clone(), self.raw.clone(), self.end);
@@ -239,7 +242,7 @@ fn an_object_of_an_earlier_run_is_known_by_its_marker() {
         let body = next.encrypted(&next.raw);
         next.announce(crc32fast::hash(&next.raw)).await;
         next.put(&body, None).await;
-        next.is_accepted(&body, Form::Encrypted).await;
+        next.accepted(&body, Form::Encrypted).await;
     });
 }
 
@@ -249,22 +252,22 @@ fn an_object_of_an_earlier_run_is_known_by_what_the_store_keeps_with_it() {
         let next = NextSegment::of(Traits::OBJECT_STORE).await;
         let body = next.encrypted(&next.raw);
         next.put(&body, Some(crc32fast::hash(&next.raw))).await;
-        next.is_accepted(&body, Form::Encrypted).await;
+        next.accepted(&body, Form::Encrypted).await;
     });
 }
 
 #[test]
-fn a_plain_object_from_before_encryption_is_accepted() {
+fn a_plain_object_from_before_encryption_accepted() {
     on_virtual_time(async {
         let next = NextSegment::of(Traits::LOCAL).await;
         let frame = Encoder::new(19).encode(&next.raw);
-        next.store.put_new(&next.key(Form::Plain), &[frame.bytes.clone()]).await.expect("the name is free");
-        next.is_accepted(&frame.bytes, Form::Plain).await;
+        next.store.put_new(&next.key(Form::Plain), std::slice::from_ref(&frame.bytes)).await.expect("the name is free");
+        next.accepted(&frame.bytes, Form::Plain).await;
     });
 }
 
 #[test]
-fn other_content_is_a_conflict_by_marker_and_by_metadata() {
+fn other_content_conflicts_by_marker_and_by_metadata() {
     on_virtual_time(async {
         for traits in [Traits::LOCAL, Traits::OBJECT_STORE] {
             let next = NextSegment::of(traits).await;
@@ -275,7 +278,7 @@ fn other_content_is_a_conflict_by_marker_and_by_metadata() {
                 next.announce(crc32fast::hash(&other)).await;
             }
             next.put(&body, Some(crc32fast::hash(&other))).await;
-            next.is_a_conflict(&body).await;
+            next.conflicts(&body).await;
         }
     });
 }
@@ -289,7 +292,7 @@ fn two_markers_are_a_conflict() {
         next.announce(crc32fast::hash(&next.raw)).await;
         next.announce(0xBAD).await;
         next.put(&body, None).await;
-        next.is_a_conflict(&body).await;
+        next.conflicts(&body).await;
     });
 }
 
