@@ -387,7 +387,13 @@ impl ClusterAgent {
             // Whole up to there before, and from before there up to here now.
             let reaches =
                 start.contiguous_from[at].is_some_and(|from| known != Stored::default() && from <= known.bytes_end);
-            let contiguous = if is_lone || reaches { frontier.stored() } else { known };
+            // What it was known to hold beyond the start was another history's, or is gone: it is looked for anew.
+            let is_below = known.bytes_end <= frontier.segment_start;
+            let contiguous = match is_lone || reaches {
+                true => frontier.stored(),
+                false if is_below => known,
+                false => Stored::default(),
+            };
             let is_compared =
                 !is_lone && (!reaches || self.compared.get(&opened.index) != Some(&start.frontier.timeline));
             Member { opened: opened.clone(), frontier, contiguous, is_compared }

@@ -229,7 +229,7 @@ pub fn plan_start(
     let known = repositories.iter().flat_map(|recent| &recent.known);
     let strangers = known.filter(|timeline| !server.history.contains(**timeline));
     frontiers.extend(strangers.map(|&timeline| Frontier::empty(timeline, Lsn::ZERO)));
-    frontiers.extend(union.map(|(timeline, end)| frontier_at(timeline, end, size, repositories)));
+    frontiers.extend(union.map(|(timeline, end)| frontier_at(&server.history, timeline, end, size, repositories)));
     let position = ServerPosition {
         history: server.history.clone(),
         flush_lsn: server.identity.flush_lsn,
@@ -241,7 +241,7 @@ pub fn plan_start(
         Plan::Begin => begin(file, server),
         Plan::Branch { child, fork, parent, lost } => {
             lost_wal = lost.map(|(from, to)| (parent, child, from, to));
-            let (carry, record_end) = state_before(parent, size.floor(fork), size, repositories);
+            let (carry, record_end) = state_before(&server.history, parent, size.floor(fork), size, repositories);
             resume::child_frontier(child, fork, size, carry, record_end)
         }
     };
@@ -323,21 +323,30 @@ fn refuse_difference(repositories: &[Recent]) -> Result<(), Failure> {
 }
 
 /// The frontier whose last byte lies before `end`: its segment, the state there, every repository's tails of it.
-fn frontier_at(timeline: TimelineId, end: Lsn, size: SegmentSize, repositories: &[Recent]) -> Frontier {
+fn frontier_at(path: &History, timeline: TimelineId, end: Lsn, size: SegmentSize, repositories: &[Recent]) -> Frontier {
     let is_sealed = repositories.iter().any(|recent| recent.sealed_before(timeline, end, size).is_some());
     let segment_start = if is_sealed { end } else { size.start_of(size.segment_before(end)) };
-    let (carry, record_end) = state_before(timeline, segment_start, size, repositories);
+    let (carry, record_end) = state_before(path, timeline, segment_start, size, repositories);
     let tails = repositories.iter().flat_map(|recent| recent.tails(timeline, segment_start, size)).collect();
     Frontier { timeline, segment_start, carry, record_end, tails }
 }
 
-/// The scanner's state at `boundary` on `timeline`, as an index entry of the segment before it has it.
-fn state_before(timeline: TimelineId, boundary: Lsn, size: SegmentSize, repositories: &[Recent]) -> (Carry, Lsn) {
+/// The scanner's state at `boundary`, as an index entry of the segment before it has it: of `timeline`, or of the
+/// ancestor that wrote it.
+fn state_before(
+    path: &History,
+    timeline: TimelineId,
+    boundary: Lsn,
+    size: SegmentSize,
+    repositories: &[Recent],
+) -> (Carry, Lsn) {
     if boundary == Lsn::ZERO {
         return (Carry::default(), Lsn::ZERO);
     }
-    let entry = repositories.iter().find_map(|recent| recent.sealed_before(timeline, boundary, size));
-    entry.map_or((Carry::default(), Lsn::ZERO), |entry| {
+    let ancestors = path.ancestors().iter().rev().filter(|entry| entry.timeline < timeline && entry.end >= boundary);
+    let lines = std::iter::once(timeline).chain(ancestors.map(|entry| entry.timeline));
+    let of_line = |line| repositories.iter().find_map(|recent| recent.sealed_before(line, boundary, size));
+    lines.into_iter().find_map(of_line).map_or((Carry::default(), Lsn::ZERO), |entry| {
         (entry.summary.carry.clone(), entry.summary.record_end.unwrap_or_default())
     })
 }
