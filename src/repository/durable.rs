@@ -128,7 +128,7 @@ impl Directory {
     }
 
     /// A new, private file to append to and read; `AlreadyExists` when the name is taken. Neither its bytes nor its
-    /// name are durable before [`sync_data`] and [`Directory::sync`].
+    /// name are durable before [`flush_data`] and [`Directory::sync`].
     pub fn create_file(&self, name: impl AsRef<Path>) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(rustix::fs::openat(&self.0, name.as_ref(), flags, FILE_MODE)?.into())
@@ -308,7 +308,7 @@ pub fn write_file_into_place(
 ///
 /// fdatasync here, where objects get fsync: a file of the spool is synced many times while it grows, and times alone
 /// are not worth a second write of the inode. The new size is part of what fdatasync flushes.
-pub fn sync_data(file: &File) -> io::Result<()> {
+pub fn flush_data(file: &File) -> io::Result<()> {
     retry_interrupted(|| rustix::fs::fdatasync(file))
 }
 

@@ -99,7 +99,7 @@ impl RunWriter {
         let path = self.spool.path.clone();
         for open in self.unsynced.iter_mut().chain(&mut self.frames).chain(&mut self.tail) {
             if std::mem::take(&mut open.is_dirty) {
-                durable::sync_data(&open.file)
+                durable::flush_data(&open.file)
                     .map_err(|error| SpoolError::io("sync", &path.join(open.run.name.to_string()))(error))?;
             }
         }
