@@ -1,10 +1,11 @@
 """Synchronous commits: pgbench simple-update with one client, waiting for each archive in turn. W6.
 
 On a directory: seawall against `pg_receivewal --synchronous`, beside commits that wait for the local disk alone. On S3:
-seawall against one bare PUT, to the same store, of the size its tails had. Data and directories are on DISK, not tmpfs:
-here a sync costs what it costs. Rounds are interleaved (A B B A); nothing is pinned.
+seawall against one bare PUT, to the same store, of the size its tails had. A commit waits for the local disk besides,
+which weighs where a PUT takes less than a sync: so there are two distances. Data and directories are on DISK, not
+tmpfs: here a sync costs what it costs. Rounds are interleaved (A B B A); nothing is pinned.
 
-Environment: DISK (/var/tmp), ROUNDS (4), SECONDS (6) of pgbench in each round
+Environment: DISK (/var/tmp), ROUNDS (4), SECONDS (6) of pgbench in each round, DISTANCES_MS ("0 20")
 """
 
 import contextlib
@@ -16,10 +17,12 @@ import threading
 import time
 
 from ground import DISK, Server, call, directory, end, print_verdicts, scratch_directory, spread, start, usable_seawall, wait_until
-from stores import Client, Store
+from stores import Client, CountingProxy, Store
 
 ROUNDS = int(os.environ.get("ROUNDS", "4"))
 SECONDS = int(os.environ.get("SECONDS", "6"))
+# Each answer held back so long: this machine, and a store in the same region.
+DISTANCES_MS = [int(word) for word in os.environ.get("DISTANCES_MS", "0 20").split()]
 DIRECTORY_RATIO_MAX, PUT_RATIO_MAX = 1.5, 1.5
 SETTINGS = "synchronous_commit = on\nmax_wal_size = 8GB\nwal_sender_timeout = 60s\n"
 
@@ -48,7 +51,6 @@ class Commits:
         call(self.server.bin / "pgbench", "-n", "-N", "-c", 1, "-T", SECONDS, "-l", "--log-prefix", prefix, self.server.conninfo)
         [log] = self.scratch.glob(f"{prefix.name}.*")
         found = sorted(int(line.split()[2]) for line in log.read_text().splitlines())
-        # The first moments are the tool's, finding out that it is waited for.
         return statistics.median(found)
 
     @contextlib.contextmanager
@@ -117,33 +119,51 @@ class TailSizes(threading.Thread):
 
 
 def on_s3(commits, seawall, store):
-    place = store.bucket / "commits"
-    configuration = store.configuration(commits.scratch / "s3.toml", commits.server.conninfo, "commits", slot="s3")
+    """At each distance: what a commit waits beside one PUT."""
+    missed = 0
+    for distance_ms in DISTANCES_MS:
+        proxy = CountingProxy(store.port, distance_ms / 1000) if distance_ms else None
+        try:
+            missed += at_distance(commits, seawall, store, distance_ms, proxy)
+        finally:
+            if proxy:
+                proxy.stop()
+    return missed
+
+
+def at_distance(commits, seawall, store, distance_ms, proxy):
+    prefix, endpoint = f"commits{distance_ms}", proxy and proxy.endpoint
+    configuration = store.configuration(commits.scratch / f"{prefix}.toml", commits.server.conninfo, prefix, endpoint, prefix)
     agent = [seawall, "--config", configuration, "run"]
-    client, waits, puts, size = Client(store.port), [], [], None
+    client, size = Client(proxy.port if proxy else store.port), None
+    found = {"local": [], "seawall": [], "put": []}
     for index in range(ROUNDS):
+        found["local"].append(show("local disk", commits.median_us()))
         with commits.standby("seawall", agent, store.environment):
             if size is None:
                 # Not one of the rounds: looking costs.
-                looker = TailSizes(place)
+                looker = TailSizes(store.bucket / prefix)
                 looker.start()
                 commits.median_us()
                 size = looker.median()
-            waits.append(show("seawall on S3", commits.median_us()))
-        puts.append(show(f"bare PUT of {size} B", bare_puts(client, size, index)))
-    ratios = [ours / bare for ours, bare in zip(waits, puts)]
-    return print_verdicts("synchronous commits, one client, S3 (s3s-fs on disk): median of rounds' medians", [
-        (f"one bare PUT of {size} B, us", spread(puts), 0, None),
-        ("seawall, us", spread(waits), 0, None),
+            found["seawall"].append(show(f"seawall, S3 at {distance_ms} ms", commits.median_us()))
+        found["put"].append(show(f"bare PUT of {size} B", bare_puts(client, size, f"{prefix}/{index}")))
+    ratios = [ours / bare for ours, bare in zip(found["seawall"], found["put"])]
+    shares = [(ours - local) / bare for ours, local, bare in zip(found["seawall"], found["local"], found["put"])]
+    return print_verdicts(f"synchronous commits, one client, S3 (s3s-fs on disk) at {distance_ms} ms: median of rounds' medians", [
+        ("local disk alone, us", spread(found["local"]), 0, None),
+        (f"one bare PUT of {size} B, us", spread(found["put"]), 0, None),
+        ("seawall, us", spread(found["seawall"]), 0, None),
         ("seawall / bare PUT", spread(ratios, "x"), statistics.median(ratios), PUT_RATIO_MAX),
+        ("(seawall - local disk alone) / bare PUT", spread(shares, "x"), 0, None),
     ])
 
 
-def bare_puts(client, size, index):
+def bare_puts(client, size, prefix):
     body, found, until, count = os.urandom(size), [], time.monotonic() + SECONDS, 0
     while time.monotonic() < until:
         began = time.perf_counter()
-        client.put(f"bare/{index}/{count:09}", body)
+        client.put(f"bare/{prefix}/{count:09}", body)
         found.append((time.perf_counter() - began) * 1e6)
         count += 1
     return statistics.median(found)

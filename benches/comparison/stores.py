@@ -110,8 +110,9 @@ class CountingProxy:
 
     REQUEST = re.compile(rb"(GET|PUT|POST|HEAD|DELETE) /[^ ]* HTTP/1\.1\r\n")
 
-    def __init__(self, port):
-        self.target, self.requests = port, []
+    def __init__(self, port, delay=0):
+        """`delay`: seconds each answer is held back, as a store at a distance would be."""
+        self.target, self.delay, self.requests = port, delay, []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -127,14 +128,27 @@ class CountingProxy:
             except OSError:
                 return
             server = socket.create_connection(("127.0.0.1", self.target))
-            threading.Thread(target=self.pump, args=(client, server, True), daemon=True).start()
-            threading.Thread(target=self.pump, args=(server, client, False), daemon=True).start()
+            for one in (client, server):
+                one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            is_asked = threading.Event()
+            threading.Thread(target=self.pump, args=(client, server, self.count, is_asked), daemon=True).start()
+            threading.Thread(target=self.pump, args=(server, client, self.hold_back, is_asked), daemon=True).start()
 
-    def pump(self, source, target, is_counted):
+    def count(self, data, is_asked):
+        found = [(time.monotonic(), one[1].decode()) for one in self.REQUEST.finditer(data)]
+        if found:
+            self.requests += found
+            is_asked.set()
+
+    def hold_back(self, _, is_asked):
+        if self.delay and is_asked.is_set():
+            is_asked.clear()
+            time.sleep(self.delay)
+
+    def pump(self, source, target, look, is_asked):
         try:
             while data := source.recv(1 << 16):
-                if is_counted:
-                    self.requests += [(time.monotonic(), found[1].decode()) for found in self.REQUEST.finditer(data)]
+                look(data, is_asked)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
         except OSError:
