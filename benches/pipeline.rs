@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use jiff::Timestamp;
-use seawall::agent::Assignment;
 use seawall::agent::world::{ClusterOptions, World};
+use seawall::agent::{Assignment, Fleet};
 use seawall::archiver::Workers;
 use seawall::codec::encrypt::Keys;
 use seawall::codec::{Encoder, FRAME_BYTES, LEVEL_DEFAULT};
@@ -101,11 +101,9 @@ fn receive(criterion: &mut Criterion) {
             server.with(|state| set_flush(state, START));
             let run = async {
                 let stop = CancellationToken::new();
-                let agent = tokio::spawn(seawall::agent::run(
-                    vec![Assignment { world, options: options() }],
-                    stop,
-                    Some(writer.flush_lsn()),
-                ));
+                let assignment =
+                    Assignment { world, options: options(), repositories: vec!["memory".into()], required: 1 };
+                let agent = tokio::spawn(Fleet::new(vec![assignment], stop).run(Some(writer.flush_lsn())));
                 while server.with(|state| state.sent.is_empty()) {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }

@@ -34,6 +34,23 @@ pub enum ExitCode {
     Config = 78,
 }
 
+impl ExitCode {
+    /// The class of an error in a word, for counting.
+    pub fn word(self) -> &'static str {
+        match self {
+            ExitCode::Success => "success",
+            ExitCode::Finding => "finding",
+            ExitCode::Usage => "usage",
+            ExitCode::Data => "data",
+            ExitCode::Unavailable => "unavailable",
+            ExitCode::Internal => "internal",
+            ExitCode::TryAgain => "try_again",
+            ExitCode::Permission => "permission",
+            ExitCode::Config => "config",
+        }
+    }
+}
+
 /// What an error tells people and loops beyond its message.
 pub trait Advice: std::error::Error {
     /// A sentence or question an operator can act on.

@@ -25,7 +25,7 @@
 //! | --- | --- |
 //! | [`wal`] | the WAL format, positions, names, and the proof that bytes are valid WAL (pure) |
 //! | [`codec`] | raw WAL to zstd frames and back (pure) |
-//! | [`error`], [`secret`], [`telemetry`] | what an error means to who gets it; what is never printed; the log |
+//! | [`error`], [`secret`], [`telemetry`] | what an error means to who gets it; what is never printed; the log and the metrics |
 //! | | |
 //! | [`replication`] | the replication protocol: start-up, commands, streaming |
 //! | [`repository`] | objects written once, under names that promise their content |
@@ -40,6 +40,7 @@
 //! | [`restore`] | the `restore_command` |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
+//! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |
 //! | [`agent`] | one cluster's agent: connect, decide where to go on, stream, again |
 //! | [`cli`] | one file for each verb |
 //! | [`testkit`] | models of WAL, server and store, for tests and benches; the program never uses it |
@@ -72,6 +73,7 @@ pub mod codec;
 pub mod config;
 pub mod continuity;
 pub mod error;
+pub mod monitor;
 pub mod postgres;
 pub mod receiver;
 pub mod replication;

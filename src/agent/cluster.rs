@@ -29,18 +29,28 @@ use crate::receiver::{Acknowledge, ReceiveError, Stored, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
 use crate::spool::Spool;
-use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, TimelineId};
+use crate::telemetry::meters;
+use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, SystemId, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
 #[derive(Clone, Debug, Default)]
 pub struct Status {
     pub state: State,
+    pub system_id: Option<SystemId>,
     pub timeline: Option<TimelineId>,
     pub watched: Option<Watched>,
     /// Why the last attempt failed, while there is no stream.
     pub failure: Option<Failure>,
     /// What is durable and was acknowledged, over all sessions.
     pub acknowledged: Lsn,
+}
+
+impl Status {
+    /// What was watched stands still: it says nothing about the server any more.
+    fn handle_stream_ended(&mut self) {
+        self.state = State::Connecting;
+        self.watched = None;
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -67,6 +77,8 @@ pub struct ClusterAgent {
     absences: Absences,
     /// What each repository was found to hold without a hole, by its place in the configuration.
     contiguous: BTreeMap<usize, Stored>,
+    /// The timeline on which each was compared with the others last: when one ends, some may hold more of it.
+    compared: BTreeMap<usize, TimelineId>,
     /// Consecutive attempts without a stream.
     failures: u32,
     /// The fault the last stream ended with: the same one again is damage at the source.
@@ -116,6 +128,7 @@ impl ClusterAgent {
             epoch: None,
             absences: Absences::default(),
             contiguous: BTreeMap::new(),
+            compared: BTreeMap::new(),
             failures: 0,
             fault: None,
             last_said: None,
@@ -144,7 +157,11 @@ impl ClusterAgent {
                 prepared = self.drain_and_prepare() => prepared,
             };
             let round = match round {
-                Ok(prepared) => self.stream(prepared).await,
+                Ok(prepared) => {
+                    let round = self.stream(prepared).await;
+                    self.status.send_modify(Status::handle_stream_ended);
+                    round
+                }
                 Err(failure) => Err(failure),
             };
             match round {
@@ -155,6 +172,7 @@ impl ClusterAgent {
                 }
                 Ok(Round::Reconnect) => self.failures = 0,
                 Err(failure) if self.is_final(&failure) => {
+                    meters::attempt_failed(&self.options.name, failure.exit_code.word());
                     self.status.send_modify(|status| {
                         status.state = State::Stopped;
                         status.failure = Some(failure.clone());
@@ -193,6 +211,7 @@ impl ClusterAgent {
     /// The same reason again is not said again, except every now and then.
     fn say(&mut self, failure: Failure) {
         const REPEAT_EVERY: u32 = 20;
+        meters::attempt_failed(&self.options.name, failure.exit_code.word());
         let text = failure.to_string();
         if self.last_said.as_ref() != Some(&text) || self.failures.is_multiple_of(REPEAT_EVERY) {
             let hint = failure.hint.as_deref();
@@ -232,9 +251,11 @@ impl ClusterAgent {
             standby::Turn::Ours { epoch, newcomers } => {
                 if self.epoch.as_ref().is_none_or(|(before, _)| *before != lineage) {
                     self.contiguous.clear();
+                    self.compared.clear();
                 }
                 // One that has lost our epoch may have lost anything.
                 self.contiguous.retain(|index, _| !newcomers.contains(index));
+                self.compared.retain(|index, _| !newcomers.contains(index));
                 self.epoch = Some((lineage.clone(), epoch));
                 epoch
             }
@@ -257,7 +278,7 @@ impl ClusterAgent {
         let scan = ScanOptions { system_id: server.identity.system_id, segment_size: server.segment_size, history };
         let wal_sender_timeout = server.wal_sender_timeout;
         let address = login.address.clone();
-        let server_major = server.major;
+        let (server_major, system_id) = (server.major, server.identity.system_id);
         let spool = match &self.spool {
             Some(spool) => drain::begin(spool, &self.options, &members, epoch, &scan, server_major).await,
             None => None,
@@ -278,9 +299,11 @@ impl ClusterAgent {
             spool,
         };
         let status = &self.status;
+        meters::stream_began(&self.options.name);
         let watching = |watched: Watched| {
             status.send_modify(|status| {
                 status.state = State::Streaming;
+                status.system_id = Some(system_id);
                 status.timeline = Some(timeline);
                 status.watched = Some(watched);
                 status.failure = None;
@@ -295,6 +318,7 @@ impl ClusterAgent {
             self.failures = 0;
             self.last_said = None;
         }
+        self.compared.extend(ended.repaired.iter().map(|index| (*index, timeline)));
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
@@ -364,7 +388,9 @@ impl ClusterAgent {
             let reaches =
                 start.contiguous_from[at].is_some_and(|from| known != Stored::default() && from <= known.bytes_end);
             let contiguous = if is_lone || reaches { frontier.stored() } else { known };
-            Member { opened: opened.clone(), frontier, contiguous }
+            let is_compared =
+                !is_lone && (!reaches || self.compared.get(&opened.index) != Some(&start.frontier.timeline));
+            Member { opened: opened.clone(), frontier, contiguous, is_compared }
         };
         opening.present.iter().map(member).collect()
     }

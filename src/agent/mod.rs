@@ -6,6 +6,7 @@
 mod absence;
 pub mod cluster;
 mod drain;
+pub mod observer;
 pub mod opening;
 mod sentinel;
 pub mod session;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use crate::error::{ExitCode, Failure};
 use crate::wal::Lsn;
 use cluster::{ClusterAgent, Status};
+use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
 
 /// A cluster to serve, in its world.
@@ -31,40 +33,78 @@ pub struct Assignment {
     pub options: ClusterOptions,
 }
 
-/// Serves every cluster until `stop`, or until none is left. One failing never touches another; the last
-/// failure is what the process ends with, and said by whoever gets it.
-///
-/// Where there is one cluster only, a refusal before it ever streamed ends the process too: somebody is starting it
-/// and wants to know. Later, or beside other clusters, it is tried again until the operator has acted.
-pub async fn run(clusters: Vec<Assignment>, stop: CancellationToken, until: Option<Lsn>) -> Result<(), Failure> {
-    let is_alone = clusters.len() == 1;
-    let mut running = JoinSet::new();
-    for Assignment { world, options } in clusters {
-        let name = options.name.clone();
-        let (mut agent, status) = ClusterAgent::new(world, options, stop.clone());
-        if let Some(until) = until {
-            tokio::spawn(stop_at(until, status, stop.clone()));
-        }
-        if is_alone {
-            agent = agent.ending_when_refused();
-        }
-        running.spawn(async move { (name, agent.run().await) });
-    }
-    let mut result = Ok(());
-    while let Some(ended) = running.join_next().await {
-        match ended {
-            Ok((_, Ok(()))) => {}
-            Ok((cluster, Err(failure))) => {
-                if !running.is_empty() {
-                    tracing::error!(cluster, hint = failure.hint.as_deref(), "stopped: {failure}");
-                }
-                // Where there is one only, its name says nothing.
-                result = Err(if is_alone { failure } else { failure.context(format_args!("cluster {cluster}")) });
+/// Every cluster of the process. One failing never touches another.
+#[derive(Debug)]
+pub struct Fleet {
+    clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
+    observer: Observer,
+    stop: CancellationToken,
+}
+
+impl Fleet {
+    /// Where there is one cluster only, a refusal before it ever streamed ends the process: somebody is starting it
+    /// and wants to know. Later, or beside other clusters, it is tried again until the operator has acted.
+    pub fn new(assignments: Vec<Assignment>, stop: CancellationToken) -> Fleet {
+        let is_alone = assignments.len() == 1;
+        let mut clusters = Vec::new();
+        let mut subjects = Vec::new();
+        for Assignment { world, options } in assignments {
+            let name = options.name.clone();
+            let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
+            if is_alone {
+                agent = agent.ending_when_refused();
             }
-            Err(error) => result = Err(Failure::new(ExitCode::Internal, format!("a cluster's task failed: {error}"))),
+            subjects.push(Subject { world, options, status: status.clone() });
+            clusters.push((name, agent, status));
         }
+        Fleet { clusters, observer: Observer::new(subjects, stop.clone()), stop }
     }
-    result
+
+    /// For whoever wants to know how the clusters are; it looks only when it is run.
+    pub fn observer(&self) -> &Observer {
+        &self.observer
+    }
+
+    /// Serves until told to stop, or until no cluster is left; with `until`, until everything up to there is durable.
+    /// The worst failure is what the process ends with, and is said by whoever gets it.
+    pub async fn run(self, until: Option<Lsn>) -> Result<(), Failure> {
+        let is_alone = self.clusters.len() == 1;
+        let mut running = JoinSet::new();
+        for (name, agent, status) in self.clusters {
+            if let Some(until) = until {
+                tokio::spawn(stop_at(until, status, self.stop.clone()));
+            }
+            running.spawn(async move { (name, agent.run().await) });
+        }
+        let mut worst: Option<Failure> = None;
+        while let Some(ended) = running.join_next().await {
+            let failure = match ended {
+                Ok((_, Ok(()))) => continue,
+                // Where there is one only, its name says nothing.
+                Ok((_, Err(failure))) if is_alone => failure,
+                Ok((cluster, Err(failure))) => {
+                    tracing::error!(
+                        cluster,
+                        hint = failure.hint.as_deref(),
+                        others = running.len(),
+                        "stopped: {failure}; the others go on"
+                    );
+                    failure.context(format_args!("cluster {cluster}"))
+                }
+                Err(error) => Failure::new(ExitCode::Internal, format!("a cluster's task failed: {error}")),
+            };
+            worst = Some(worse(worst, failure));
+        }
+        worst.map_or(Ok(()), Err)
+    }
+}
+
+/// Data that conflicts is what an operator has to hear of first; otherwise the first failure is the cause.
+fn worse(one: Option<Failure>, other: Failure) -> Failure {
+    match one {
+        Some(one) if one.exit_code == ExitCode::Data || other.exit_code != ExitCode::Data => one,
+        _ => other,
+    }
 }
 
 /// Stops the agent once everything up to `until` is durable.
@@ -90,5 +130,20 @@ async fn stop_at(until: Lsn, mut status: watch::Receiver<Status>, stop: Cancella
                 },
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conflicting_data_is_what_several_failures_come_to() {
+        let fail = |code| Failure::new(code, "x");
+        let end = |codes: &[ExitCode]| {
+            codes.iter().fold(None, |worst, code| Some(worse(worst, fail(*code)))).map(|failure| failure.exit_code)
+        };
+        assert_eq!(end(&[ExitCode::Config, ExitCode::Permission]), Some(ExitCode::Config));
+        assert_eq!(end(&[ExitCode::Config, ExitCode::Data, ExitCode::Config]), Some(ExitCode::Data));
     }
 }

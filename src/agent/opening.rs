@@ -296,22 +296,25 @@ async fn begin(
         }
     }
     let lineage = Lineage::new(&options.name, server.identity.system_id, 1);
-    let mut file: Option<LineageFile> = None;
-    let mut present = Vec::new();
-    for (index, (repository, look)) in answered.into_iter().enumerate() {
+    // Every repository.json before any lineage.json: where a crash comes between, the lineage is joined by those that
+    // lack it, and nobody looks emptied.
+    for (repository, look) in &answered {
         if look.missing.is_some() {
             repository.backend.create_missing_root().await?;
         }
+        create_repository(world, &repository.backend, look.file.is_some()).await?;
+    }
+    let mut file: Option<LineageFile> = None;
+    let mut present = Vec::new();
+    for (index, (repository, _)) in answered.into_iter().enumerate() {
         let archive = match &file {
             None => {
                 let (archive, created) =
-                    create_lineage(world, &repository.backend, options, server, lineage.clone(), look.file.is_some())
-                        .await?;
+                    create_lineage(world, &repository.backend, options, server, lineage.clone(), true).await?;
                 file = Some(created);
                 archive
             }
             Some(file) => {
-                create_repository(world, &repository.backend, look.file.is_some()).await?;
                 let archive = Archive::new(repository.backend.clone(), lineage.clone()).with_keys(options.keys.clone());
                 accept_existing(archive.create_lineage(file).await)?;
                 archive

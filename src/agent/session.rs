@@ -2,7 +2,7 @@
 //! archiver, wired together; the order in which they end.
 //! Does not own: what any of them does, where the stream starts (`startup.rs`), what happens next (`cluster.rs`).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -67,6 +67,8 @@ pub struct Member {
     pub frontier: Frontier,
     /// What it is known to hold without a hole; zero when that has to be found out.
     pub contiguous: Stored,
+    /// Whether it is looked for what it misses, on the server's path and off it.
+    pub is_compared: bool,
 }
 
 /// What others may watch while a stream is under way.
@@ -76,6 +78,14 @@ pub struct Watched {
     pub activity: Arc<watch::Sender<Activity>>,
     /// In the order of the configuration.
     pub repositories: Vec<WatchedRepository>,
+    pub memory: MemoryBudget,
+    /// Whether the server's commits wait for this archive.
+    pub synchronous: watch::Receiver<bool>,
+    /// The server the stream comes from.
+    pub address: Address,
+    pub server_major: u32,
+    /// What the repositories that take part hold of the lineage.
+    pub archives: Vec<Archive>,
     pub spool: Arc<watch::Sender<SpoolHealth>>,
 }
 
@@ -132,6 +142,11 @@ impl WatchedRepository {
         }
     }
 
+    /// Whether it was found to hold everything the others hold, also what no path leads to any more.
+    pub fn is_complete(&self) -> bool {
+        self.part.as_ref().is_some_and(|part| part.reach.is_whole() && part.repairing.borrow().is_none())
+    }
+
     /// What it holds without a hole, in this stream; `None` while it is out.
     pub fn frontier(&self) -> Option<Stored> {
         self.part.as_ref().map(|part| part.reach.contiguous())
@@ -149,6 +164,8 @@ pub struct Ended {
     pub archived: Result<(), ArchiveError>,
     /// What each repository that took part holds without a hole.
     pub contiguous: Vec<(usize, Stored)>,
+    /// Those that were found to miss nothing, or got it.
+    pub repaired: Vec<usize>,
 }
 
 /// Streams until the timeline or the connection ends, `stop` asks to drain, or a repository is back. When this returns
@@ -164,16 +181,18 @@ pub async fn run(
     let frontier = &assignment.frontier;
     let memory = MemoryBudget::new(options.memory_bytes);
     let abort = CancellationToken::new();
+    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let Members { watched, outlets, running, repairs, mut encoded } =
-        begin_members(world, options, &assignment, &memory, &abort).await;
+        begin_members(world, options, &assignment, &memory, &synchronous, &abort).await;
     watching(watched.clone());
     let (pieces, pieces_input) = mpsc::channel(PIECES_MAX);
     let (spooling, spooled) = start_spooling(world, options, &assignment, &memory, &watched).unzip();
     encoded.extend(spooled);
     let encoding = archiver::run_encoding(pieces_input, encoded, world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
-    let repairs =
-        AbortOnDropHandle::new(tokio::spawn(run_repairs(repairs, assignment.absences.clone(), abort.clone())));
+    let repaired: Arc<Mutex<Vec<usize>>> = Arc::default();
+    let repairing = run_repairs(repairs, assignment.absences.clone(), repaired.clone(), abort.clone());
+    let repairs = AbortOnDropHandle::new(tokio::spawn(repairing));
 
     let server_stopping = CancellationToken::new();
     let patience = 2 * options.tail_interval.max(options.shutdown_grace);
@@ -195,7 +214,6 @@ pub async fn run(
 
     let scanner = Scanner::new(assignment.scan.clone(), frontier.segment_start, frontier.carry.clone())
         .for_server(assignment.server_major);
-    let (is_synchronous, synchronous) = watch::channel(options.synchronous == Some(true));
     let looking = synchronous::watch(world.clone(), options.clone(), assignment.address.clone(), is_synchronous);
     let looking = AbortOnDropHandle::new(tokio::spawn(looking));
     let wiring = Wiring {
@@ -228,13 +246,14 @@ pub async fn run(
         end_spooling(spooling, options.shutdown_grace).await;
     }
     // A repair that found what stops the cluster has said so by now; any other goes on in the next stream.
-    let repaired = match repairs.is_finished() {
+    let repair_failed = match repairs.is_finished() {
         true => repairs.await.expect("a repair does not panic"),
         false => Ok(()),
     };
+    let repaired = repaired.lock().expect("no holder panics").clone();
     let parts = watched.repositories.iter().filter_map(|repository| repository.part.as_ref());
     let contiguous = parts.map(|part| (part.reach.repository, part.reach.contiguous())).collect();
-    Ended { received, archived: repaired.and(archived), contiguous }
+    Ended { received, archived: repair_failed.and(archived), contiguous, repaired }
 }
 
 type RunningOutlets = FuturesUnordered<AbortOnDropHandle<Result<Finished, ArchiveError>>>;
@@ -255,6 +274,7 @@ async fn begin_members(
     options: &ClusterOptions,
     assignment: &Assignment,
     memory: &MemoryBudget,
+    synchronous: &watch::Receiver<bool>,
     abort: &CancellationToken,
 ) -> Members {
     let Assignment { frontier, members, .. } = assignment;
@@ -299,7 +319,9 @@ async fn begin_members(
             Ok(contents) => archiver.adopt(&contents),
             Err(error) => tracing::debug!(%error, "nothing is tidied up this time"),
         }
-        let (position, repairing) = watch::channel(None);
+        let has_repair = member.is_compared || !reach.is_whole();
+        let (position, repairing) =
+            watch::channel(has_repair.then(|| (reach.contiguous().bytes_end.min(start), start)));
         let others = members.iter().filter(|other| other.opened.index != *index);
         let sources = others.map(|other| Source {
             repository: other.opened.index,
@@ -320,9 +342,9 @@ async fn begin_members(
             clock: world.clock.clone(),
             position,
         };
-        match reach.is_whole() {
-            true => assignment.absences.handle_whole(*index),
-            false => repairs.push((*index, repair)),
+        match has_repair {
+            true => repairs.push((*index, repair)),
+            false => assignment.absences.handle_whole(*index),
         }
         let (sender, input) = mpsc::channel(archiver::ENCODED_MAX);
         encoded.push(sender);
@@ -332,7 +354,17 @@ async fn begin_members(
     }
     let activity = Arc::new(watch::Sender::new(Activity::Streaming));
     Members {
-        watched: Watched { progress, activity, repositories, spool: Arc::default() },
+        watched: Watched {
+            progress,
+            activity,
+            repositories,
+            memory: memory.clone(),
+            synchronous: synchronous.clone(),
+            address: assignment.address.clone(),
+            server_major: assignment.server_major,
+            archives: members.iter().map(|member| member.opened.archive.clone()).collect(),
+            spool: Arc::default(),
+        },
         outlets,
         running,
         repairs,
@@ -344,13 +376,14 @@ async fn begin_members(
 async fn run_repairs(
     repairs: Vec<(usize, Repair)>,
     absences: Absences,
+    done: Arc<Mutex<Vec<usize>>>,
     abort: CancellationToken,
 ) -> Result<(), ArchiveError> {
     let mut running: FuturesUnordered<_> = repairs
         .into_iter()
         .map(|(index, repair)| {
             let mut gone = repair.outlets.gone();
-            let absences = absences.clone();
+            let (absences, done) = (absences.clone(), done.clone());
             async move {
                 let left = async move {
                     let _ = gone.wait_for(|gone| gone.iter().any(|(gone, _)| *gone == index)).await;
@@ -361,6 +394,7 @@ async fn run_repairs(
                     repaired = repair.run() => {
                         if repaired.is_ok() {
                             absences.handle_whole(index);
+                            done.lock().expect("no holder panics").push(index);
                         }
                         repaired
                     }

@@ -42,7 +42,7 @@ impl Waiting {
 /// What the operator configured decides how the stream is cut; without that, what the server does.
 pub async fn watch(world: World, options: ClusterOptions, address: Address, synchronous: watch::Sender<bool>) {
     let mut said = None;
-    tokio::time::sleep(DELAY).await;
+    tokio::time::sleep(varied(&world, DELAY)).await;
     loop {
         match read_state(&world, &options, &address).await {
             Ok(state) => {
@@ -58,8 +58,13 @@ pub async fn watch(world: World, options: ClusterOptions, address: Address, sync
                 tracing::debug!(cluster = options.name, %failure, "cannot see whether commits wait for this archive");
             }
         }
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep(varied(&world, INTERVAL)).await;
     }
+}
+
+/// Many clusters in one process do not all ask at once.
+fn varied(world: &World, duration: Duration) -> Duration {
+    duration.mul_f64(0.8 + world.random.lock().expect("no holder panics").f64() * 0.4)
 }
 
 /// That nobody waits is news only where it was otherwise before, or should be.

@@ -18,7 +18,7 @@ use super::writer::{ArchiveError, StoreHealth};
 use super::{Archiver, ENCODED_MAX};
 use crate::error::{ExitCode, Failure};
 use crate::receiver::{MemoryBudget, Progress};
-use crate::wal::Lsn;
+use crate::wal::{Lsn, SegmentSize};
 
 /// How often an outlet that is behind is judged, while it is.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -94,7 +94,10 @@ pub struct Outlet {
     health: StoreHealth,
     outlets: Outlets,
     memory: MemoryBudget,
+    segment_size: SegmentSize,
     given: Given,
+    /// What it could have stored by now: a frame alone is nothing yet.
+    asked_to: Lsn,
     standing: Standing,
 }
 
@@ -107,17 +110,38 @@ impl Outlet {
         health: StoreHealth,
     ) -> Outlet {
         let (reach, memory) = (archiver.reach.clone(), archiver.options.memory.clone());
+        let segment_size = archiver.options.segment_size;
         let (pieces, pieces_input) = mpsc::channel(ENCODED_MAX);
         let archiver = AbortOnDropHandle::new(tokio::spawn(archiver.run(pieces_input)));
         let standing = Standing { position: reach.run().bytes_end, since: Instant::now() };
-        let given = Given::default();
-        Outlet { name, input, archiver, pieces: Some(pieces), reach, health, outlets, memory, given, standing }
+        Outlet {
+            name,
+            input,
+            archiver,
+            pieces: Some(pieces),
+            reach,
+            health,
+            outlets,
+            memory,
+            segment_size,
+            given: Given::default(),
+            asked_to: Lsn::ZERO,
+            standing,
+        }
     }
 
     pub async fn run(mut self) -> Result<Finished, ArchiveError> {
         let mut look_at = Instant::now();
+        let mut was_behind = false;
         loop {
-            let is_behind = self.given.trim(self.reach.run().bytes_end);
+            let stored_to = self.reach.run().bytes_end;
+            self.given.trim(stored_to);
+            let is_behind = self.asked_to > stored_to;
+            if is_behind && !was_behind {
+                look_at = Instant::now() + LOOK_INTERVAL;
+                self.standing = Standing { position: stored_to, since: Instant::now() };
+            }
+            was_behind = is_behind;
             tokio::select! {
                 biased;
                 ended = &mut self.archiver => match ended.expect("the archiver does not panic") {
@@ -141,8 +165,10 @@ impl Outlet {
     }
 
     async fn hand_on(&mut self, encoded: Encoded) {
-        if let Encoded::Frame(frame) = &encoded {
-            self.given.handle_frame(frame.end(), frame.stored_bytes);
+        match &encoded {
+            Encoded::Frame(frame) => self.given.handle_frame(frame.end(), frame.stored_bytes),
+            Encoded::Cut(cut) => self.asked_to = self.asked_to.max(cut.to),
+            Encoded::Seal(sealed) => self.asked_to = self.asked_to.max(self.segment_size.end_of(sealed.number)),
         }
         let pieces = self.pieces.as_ref().expect("checked: there is more to come");
         // An archiver that ended says why itself.
@@ -156,7 +182,7 @@ impl Outlet {
         let leader = others.iter().copied().max()?;
         let position = Position {
             is_exhausted: self.memory.is_exhausted(),
-            held_alone_bytes: self.given.bytes_up_to(leader),
+            held_alone_bytes: self.given.bytes_up_to(leader.min(self.asked_to)),
             limit_bytes: self.memory.limit_bytes(),
             ahead: others.iter().filter(|&&other| other > ours).count(),
             required: self.outlets.0.required,
@@ -219,12 +245,11 @@ impl Given {
         self.0.push_back((end, stored_bytes));
     }
 
-    /// Forgets what is stored; whether anything is left.
-    fn trim(&mut self, stored_to: Lsn) -> bool {
+    /// Forgets what is stored.
+    fn trim(&mut self, stored_to: Lsn) {
         while self.0.front().is_some_and(|(end, _)| *end <= stored_to) {
             self.0.pop_front();
         }
-        !self.0.is_empty()
     }
 
     fn bytes_up_to(&self, end: Lsn) -> u64 {
@@ -310,8 +335,9 @@ mod tests {
         for (end, bytes) in [(10, 3), (20, 4), (30, 5)] {
             given.handle_frame(Lsn(end), bytes);
         }
-        assert!(given.trim(Lsn(10)));
+        given.trim(Lsn(10));
         assert_eq!(given.bytes_up_to(Lsn(25)), 4);
-        assert!(!given.trim(Lsn(30)));
+        given.trim(Lsn(30));
+        assert_eq!(given.bytes_up_to(Lsn(99)), 0);
     }
 }

@@ -204,8 +204,10 @@ impl<'a> Walk<'a> {
     /// Whether a directory on the path lies below what is known to be whole.
     fn is_done(&self, directory: WalDirectory) -> bool {
         let end = (u64::from(directory.high) + 1).checked_shl(32).map(Lsn);
-        let whole = self.reached.is_some_and(|reached| end.is_some_and(|end| end <= reached.bytes_end));
-        whole && self.repair.path.contains(directory.timeline)
+        // What a timeline holds beyond its end on the path is not on the path.
+        let path_end = self.repair.path.end_of(directory.timeline).unwrap_or(Lsn::MAX);
+        let is_whole = |reached: Stored| end.is_some_and(|end| end <= reached.bytes_end && end <= path_end);
+        self.repair.path.contains(directory.timeline) && self.reached.is_some_and(is_whole)
     }
 
     async fn pass(&mut self, directory: WalDirectory, sources: &[&Source]) -> Result<(), Trouble> {

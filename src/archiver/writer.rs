@@ -13,6 +13,7 @@ use crate::catalog::store::{Archive, CatalogError};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::layout::Epoch;
 use crate::repository::{StoreError, StoreErrorKind};
+use crate::telemetry::meters;
 use crate::wal::SegmentName;
 
 /// Why an archiver ended before its input did.
@@ -210,6 +211,7 @@ impl Writer {
 
     /// Waits before the next attempt, unless the writer is stopped.
     pub async fn wait(&self, delays: &mut Delays) -> Result<(), ArchiveError> {
+        meters::store_retried(&self.archive.lineage.cluster);
         let delay = delays.0.next().expect("the delays never end");
         tokio::select! {
             biased;

@@ -36,6 +36,11 @@ pub fn json(answer: &impl Serialize) {
     text(&serde_json::to_string_pretty(&versioned).expect("our answers have string keys and no failing serializers"));
 }
 
+/// One that says its schema itself.
+pub fn json_as_it_is(answer: &impl Serialize) {
+    text(&serde_json::to_string_pretty(answer).expect("our answers have string keys and no failing serializers"));
+}
+
 /// A word for people.
 pub fn note(words: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{words}");

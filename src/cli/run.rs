@@ -1,6 +1,7 @@
 //! Owns: `run`: signals, the service manager, the runtime the agent lives in.
 //! Does not own: what an agent does (`agent`).
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -9,23 +10,26 @@ use tokio_util::sync::CancellationToken;
 
 use super::args::{Global, RunArgs};
 use super::{Verdict, setup};
-use crate::agent::{self, Assignment};
+use crate::agent::{Assignment, Fleet};
 use crate::archiver::Workers;
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, HttpConfig};
 use crate::error::{ExitCode, Failure};
+use crate::monitor::exposition::Exposition;
+use crate::monitor::http::Server;
 use crate::wal::Lsn;
 
 pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
-    let clusters = setup::clusters(global)?;
+    let (clusters, http) = setup::clusters_and_http(global)?;
     let spool = setup::spool_share(global)?;
     let workers = Workers::threads(setup::cores());
     let assignments: Vec<Assignment> = clusters
         .iter()
         .map(|cluster| {
-            Ok(Assignment {
-                world: setup::world(cluster, workers.clone()),
-                options: setup::options(cluster, spool.clone())?,
-            })
+            let mut world = setup::world(cluster, workers.clone());
+            if http.is_some() {
+                world = setup::metered(world, cluster);
+            }
+            Ok(Assignment { world, options: setup::options(cluster, spool.clone())? })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {
@@ -36,7 +40,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     }
     setup::block_on_threads(async {
         tokio::spawn(setup::clean_debris(clusters));
-        serve(assignments, args.until).await
+        serve(assignments, http, args.until).await
     })??;
     Ok(Verdict::Fine)
 }
@@ -45,9 +49,13 @@ fn urls(cluster: &ClusterConfig) -> String {
     cluster.repositories.iter().map(|repository| repository.url.as_str()).collect::<Vec<_>>().join(", ")
 }
 
-async fn serve(assignments: Vec<Assignment>, until: Option<Lsn>) -> Result<(), Failure> {
+async fn serve(assignments: Vec<Assignment>, http: Option<HttpConfig>, until: Option<Lsn>) -> Result<(), Failure> {
     let stop = CancellationToken::new();
     let signals = Signals::listen()?;
+    let server = match http {
+        Some(HttpConfig { listen, token_file }) => Some(Server::bind(listen, token_file).await?),
+        None => None,
+    };
     tokio::spawn(signals.stop(stop.clone()));
     if let Some(interval) = watchdog_interval() {
         tokio::spawn(feed_watchdog(interval));
@@ -55,13 +63,30 @@ async fn serve(assignments: Vec<Assignment>, until: Option<Lsn>) -> Result<(), F
     // The process is ready: whether its clusters are protected is for `status` to say.
     let names: Vec<&str> = assignments.iter().map(|assignment| assignment.options.name.as_str()).collect();
     notify(&[NotifyState::Ready, NotifyState::Status(&format!("archiving {}", names.join(", ")))]);
-    let result = agent::run(assignments, stop, until).await;
+    let fleet = Fleet::new(assignments, stop);
+    if let Some(server) = server {
+        show(&fleet, server)?;
+    }
+    let result = fleet.run(until).await;
     notify(&[NotifyState::Stopping]);
     match &result {
         Ok(()) => tracing::info!("stopped"),
         Err(failure) => notify(&[NotifyState::Status(&format!("failed: {}", failure.message))]),
     }
     result
+}
+
+/// Lets others look.
+fn show(fleet: &Fleet, server: Server) -> Result<(), Failure> {
+    let exposition = Exposition::install()?;
+    if let Some(address) = server.address() {
+        tracing::info!(%address, "listening for /metrics, /status, /protected, /healthz, /readyz");
+    }
+    let observer = fleet.observer().clone();
+    tokio::spawn(exposition.clone().upkeep());
+    tokio::spawn(server.serve(Arc::new(observer.clone()), exposition));
+    tokio::spawn(observer.run());
+    Ok(())
 }
 
 /// SIGTERM and SIGINT.

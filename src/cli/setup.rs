@@ -10,16 +10,18 @@ use std::time::Duration;
 use tokio::runtime;
 
 use super::args::Global;
+use super::keys;
 use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
-use crate::codec::encrypt::Keys;
-use crate::config::{ArchiveConfig, ClusterConfig, Config, Loaded, Location, RepositoryConfig, Sources};
+use crate::codec::encrypt::{Identities, Keys};
+use crate::config::{ArchiveConfig, ClusterConfig, Config, HttpConfig, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend, S3Backend, StoreErrorKind};
+use crate::repository::{Backend, LocalBackend, MeteredBackend, S3Backend, StoreErrorKind};
 use crate::spool::SpoolOptions;
+use crate::telemetry::meters::StoreMeter;
 
 /// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
 const BLOCKING_THREADS: usize = 40;
@@ -41,11 +43,17 @@ pub fn load(global: &Global) -> Result<Loaded, Failure> {
 
 /// The clusters a verb is about: the one that is named, or all.
 pub fn clusters(global: &Global) -> Result<Vec<ClusterConfig>, Failure> {
-    let loaded = load(global)?;
-    match &global.cluster {
-        Some(name) => Ok(vec![loaded.config.cluster(Some(name))?.clone()]),
-        None => Ok(loaded.config.clusters),
-    }
+    Ok(clusters_and_http(global)?.0)
+}
+
+/// The clusters to serve or to ask about, and where an agent listens.
+pub fn clusters_and_http(global: &Global) -> Result<(Vec<ClusterConfig>, Option<HttpConfig>), Failure> {
+    let config = load(global)?.config;
+    let clusters = match &global.cluster {
+        Some(name) => vec![config.cluster(Some(name))?.clone()],
+        None => config.clusters,
+    };
+    Ok((clusters, config.http))
 }
 
 /// Each cluster's share of the spool: all that are configured have one, also those another process serves.
@@ -100,6 +108,15 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
     }
 }
 
+/// The same world, what is asked of its stores counted.
+pub fn metered(world: World, cluster: &ClusterConfig) -> World {
+    let metered = |repository: Repository| {
+        let meter = StoreMeter::new(&cluster.name, &repository.name);
+        Repository { backend: Arc::new(MeteredBackend::new(repository.backend, meter)), ..repository }
+    };
+    World { repositories: world.repositories.into_iter().map(metered).collect(), ..world }
+}
+
 pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<ClusterOptions, Failure> {
     Ok(ClusterOptions {
         name: cluster.name.clone(),
@@ -111,9 +128,24 @@ pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<C
         acknowledge: cluster.acknowledge,
         spool,
         synchronous: cluster.synchronous,
-        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: None },
+        keys: Keys { recipients: cluster.encrypt_to.clone(), identities: identities(cluster) },
         host: host_name(),
     })
+}
+
+/// What an agent can do without: it compares an encrypted object nothing else tells about, where the key is at hand.
+fn identities(cluster: &ClusterConfig) -> Option<Identities> {
+    match keys::reading(cluster.identity_file.as_deref()) {
+        Ok(keys) => keys.identities,
+        Err(failure) => {
+            tracing::warn!(
+                cluster = cluster.name,
+                hint = failure.hint.as_deref(),
+                "archiving without identities: {failure}"
+            );
+            None
+        }
+    }
 }
 
 fn host_name() -> Option<String> {

@@ -1,5 +1,5 @@
 //! Owns: `status`: what is true of each cluster now, from its repository and, where it answers, its server.
-//! Does not own: what the agent knows by itself (it has no voice yet: `source` says what was asked).
+//! Does not own: what the agent knows by itself: where one answers, its word is shown (`source` says what was asked).
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -10,9 +10,10 @@ use super::server::{self, ServerFacts};
 use super::{Verdict, output, setup};
 use crate::archiver::Workers;
 use crate::catalog::{Catalog, Holdings};
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, HttpConfig};
 use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
+use crate::monitor::{self, client};
 use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
 use crate::wal::{Lsn, Proof, SystemId};
@@ -100,7 +101,10 @@ impl ClusterStatus {
 }
 
 pub fn run(global: &Global, _args: &StatusArgs) -> Result<Verdict, Failure> {
-    let clusters = setup::clusters(global)?;
+    let (clusters, http) = setup::clusters_and_http(global)?;
+    if let Some(verdict) = from_agent(global, &clusters, http)? {
+        return Ok(verdict);
+    }
     let clusters = setup::block_on(async {
         let mut found = Vec::new();
         for cluster in &clusters {
@@ -114,6 +118,37 @@ pub fn run(global: &Global, _args: &StatusArgs) -> Result<Verdict, Failure> {
         false => clusters.iter().for_each(|cluster| output::text(&cluster.to_text())),
     }
     Ok(if is_fine { Verdict::Fine } else { Verdict::Finding })
+}
+
+/// What a running agent says of these clusters, where one listens and serves all of them.
+fn from_agent(
+    global: &Global,
+    clusters: &[ClusterConfig],
+    http: Option<HttpConfig>,
+) -> Result<Option<Verdict>, Failure> {
+    let Some(http) = http else { return Ok(None) };
+    let asked = setup::block_on(client::ask(http.listen, http.token_file.as_deref()))?;
+    let mut answer = match asked {
+        Ok(answer) => answer,
+        Err(why) => {
+            tracing::warn!("no agent answers at {}: {why}; asking repository and server", http.listen);
+            return Ok(None);
+        }
+    };
+    answer.clusters.retain(|status| clusters.iter().any(|cluster| cluster.name == status.name));
+    if answer.clusters.len() != clusters.len() {
+        tracing::warn!("the agent at {} serves other clusters; asking repository and server", http.listen);
+        return Ok(None);
+    }
+    let is_fine = answer.clusters.iter().all(|cluster| cluster.health == monitor::status::Health::Ok);
+    match global.json {
+        true => output::json_as_it_is(&answer),
+        false => {
+            output::note(format_args!("as the agent at {} says", http.listen));
+            answer.clusters.iter().for_each(|cluster| output::text(&cluster.to_text()));
+        }
+    }
+    Ok(Some(if is_fine { Verdict::Fine } else { Verdict::Finding }))
 }
 
 async fn status(cluster: &ClusterConfig) -> Result<ClusterStatus, Failure> {

@@ -442,8 +442,10 @@ impl<'a> Receiver<'a> {
     fn account_received(&mut self) {
         let (received, proven) = (self.scanner.position(), self.scanner.proven());
         let matched = self.is_prefix_matched(proven);
+        let last_commit = self.scanner.last_commit();
         self.wiring.progress.send_if_modified(|progress| {
             progress.handle_received(received, proven);
+            progress.handle_commit(last_commit);
             let newly = matched && !progress.prefix_matched();
             if newly {
                 progress.handle_prefix_matched();

@@ -7,7 +7,7 @@
 //! A repository counts with what it holds *contiguously*: a run behind a hole is not its frontier until the hole is
 //! repaired (`archiver/reach.rs`).
 
-use crate::wal::Lsn;
+use crate::wal::{Commit, Lsn};
 
 /// What "flushed" means to the server (`acknowledge`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,6 +58,8 @@ pub struct Progress {
     durable: Lsn,
     /// A record end that is durable, or spooled where that is the contract.
     acknowledged: Lsn,
+    /// The newest that was proven, for whoever watches: nothing is decided by it.
+    last_commit: Option<Commit>,
 }
 
 impl Progress {
@@ -87,6 +89,7 @@ impl Progress {
             slot_restart,
             durable: Lsn::ZERO,
             acknowledged: Lsn::ZERO,
+            last_commit: None,
         }
     }
 
@@ -136,6 +139,15 @@ impl Progress {
         self.received = received;
         self.proven = proven;
         self.server_end = self.server_end.max(received);
+    }
+
+    /// The newest commit that was proven.
+    pub fn handle_commit(&mut self, commit: Option<Commit>) {
+        self.last_commit = commit.or(self.last_commit);
+    }
+
+    pub fn last_commit(&self) -> Option<Commit> {
+        self.last_commit
     }
 
     /// The server's bytes equal everything stored, and spooled, of the segment the stream started in.

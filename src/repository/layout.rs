@@ -31,6 +31,18 @@ pub fn cluster(cluster: &str) -> Key {
     Key::new(cluster)
 }
 
+/// What kind of object a name is of, in a word, for counting.
+pub fn kind(key: &Key) -> &'static str {
+    let path = key.as_str();
+    let is_content = path.ends_with(".zst") || path.ends_with(".zst.age");
+    match path.contains("/wal/") {
+        true if path.contains(".tail/") => "tail",
+        true if is_content => "segment",
+        true if path.ends_with(".index.json") => "index",
+        _ => "other",
+    }
+}
+
 /// A writer's number; a higher one fences a lower one. Ten digits in names, so that names sort.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]

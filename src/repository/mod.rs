@@ -8,8 +8,10 @@ mod backend;
 pub mod durable;
 pub mod layout;
 mod local;
+mod metered;
 pub mod s3;
 
 pub use backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
 pub use local::LocalBackend;
+pub use metered::MeteredBackend;
 pub use s3::S3Backend;

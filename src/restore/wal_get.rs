@@ -234,7 +234,7 @@ async fn deliver_sealed<'a>(
 ) -> Result<Option<Vec<(&'a Holder, DirectoryContents)>>, WalGetError> {
     let holders: Vec<&'a Holder> = asked.views.iter().map(|view| view.holder).collect();
     let mut listed = Vec::new();
-    let mut first_fault: Option<WalGetError> = None;
+    let mut fault: Option<WalGetError> = None;
     for holder in holders {
         let contents = match holder.archive.directory_around(source, wanted.size).await {
             Ok(contents) => contents,
@@ -242,7 +242,7 @@ async fn deliver_sealed<'a>(
                 let error = WalGetError::from(error);
                 match error.is_silence() {
                     true => asked.silence(holder, error),
-                    false => first_fault = first_fault.or(Some(error)),
+                    false => fault = WalGetError::or_graver(fault, error),
                 }
                 continue;
             }
@@ -252,18 +252,18 @@ async fn deliver_sealed<'a>(
         }
         match sealed::deliver(holder, wanted, source, &contents, dest).await {
             Ok(true) => {
-                first_fault.iter().for_each(|fault| {
+                fault.iter().for_each(|fault| {
                     tracing::warn!(repository = holder.repository, "delivered from here, because elsewhere {fault}");
                 });
                 return Ok(None);
             }
             Ok(false) => listed.push((holder, contents)),
             Err(error) if error.is_silence() => asked.silence(holder, error),
-            Err(error) if error.is_of_one_copy() => first_fault = first_fault.or(Some(error)),
+            Err(error) if error.is_of_one_copy() => fault = WalGetError::or_graver(fault, error),
             Err(error) => return Err(error),
         }
     }
-    match first_fault {
+    match fault {
         // Sealed, and nobody has it intact: no tails of it are the end of WAL.
         Some(fault) => asked.all_spoke("nobody has it intact", Some(fault)).map(|()| Some(listed)),
         None => Ok(Some(listed)),

@@ -90,12 +90,12 @@ impl RunWriter {
 
     /// Makes everything appended in this batch durable. After an error nothing of it is.
     pub fn sync(&mut self) -> Result<(), SpoolError> {
-        self.sync_all()?;
+        self.sync_files()?;
         self.has_new_names = false;
         Ok(())
     }
 
-    fn sync_all(&mut self) -> Result<(), SpoolError> {
+    fn sync_files(&mut self) -> Result<(), SpoolError> {
         let path = self.spool.path.clone();
         for open in self.unsynced.iter_mut().chain(&mut self.frames).chain(&mut self.tail) {
             if std::mem::take(&mut open.is_dirty) {

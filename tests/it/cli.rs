@@ -305,7 +305,10 @@ fn an_existing_slot_with_an_empty_repository_is_refused_and_adopted_on_demand() 
     place.server.switch_wal();
     let adopted = place.run(&["init", "--create", "--json"]);
     let adopted = adopted.expect(0, &[]).json();
-    assert_eq!(keys(&adopted), set("schema cluster repository lineage start_timeline start_lsn slot created"));
+    assert_eq!(
+        keys(&adopted),
+        set("schema cluster repository repositories lineage start_timeline start_lsn slot created")
+    );
     assert_eq!(adopted["created"], serde_json::json!(["repository", "lineage"]));
     let again = place.run(&["init", "--create", "--json"]).expect(0, &[]).json();
     assert_eq!((&again["created"], &again["start_lsn"]), (&serde_json::json!([]), &adopted["start_lsn"]));

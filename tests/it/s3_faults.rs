@@ -307,7 +307,7 @@ const OUTLIVED: &[Outlived] = &[
     Outlived {
         name: "http_500",
         fault: |store, _| every_request(Fault::error(500, "InternalError"))(store),
-        words: &[NOTICED, "InternalError"],
+        words: &[NOTICED, "HTTP 500"],
         cure: None,
     },
     Outlived {
@@ -315,13 +315,13 @@ const OUTLIVED: &[Outlived] = &[
         fault: |store, _| {
             store.fault(Rule::new(Fault::error_with(503, "SlowDown", "", &[("retry-after", "1")])));
         },
-        words: &[NOTICED, "SlowDown"],
+        words: &[NOTICED, "HTTP 503"],
         cure: None,
     },
     Outlived {
         name: "http_429",
         fault: |store, _| every_request(Fault::status(429))(store),
-        words: &[NOTICED, "429"],
+        words: &[NOTICED, "HTTP 429"],
         cure: None,
     },
     Outlived { name: "down", fault: |store, _| store.down(), words: &[NOTICED], cure: Some(|store, _| store.up()) },
@@ -605,5 +605,5 @@ fn an_agent_killed_in_the_middle_of_an_upload_leaves_nothing_that_counts() {
     assert!(agent.terminate(PATIENCE).success());
     let multipart = store.objects().values().filter(|stored| stored.is_multipart).count();
     assert!(multipart > 0, "segments were uploaded in parts");
-    assert!(rig.assert_complete(&rig.snapshot(&store)) > 3);
+    assert!(rig.assert_complete(&rig.snapshot(&store)) > 1);
 }

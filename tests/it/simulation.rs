@@ -18,6 +18,7 @@ use seawall::agent::cluster::{ClusterAgent, State, Status};
 use seawall::agent::session::RepositoryState;
 use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
+use seawall::catalog::DirectoryContents;
 use seawall::catalog::store::{self, Archive};
 use seawall::codec::Form;
 use seawall::codec::decode::ObjectDecoder;
@@ -25,7 +26,6 @@ use seawall::codec::encrypt::{Identities, Keys, Recipients};
 use seawall::error::{Disposition, Failure};
 use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
-use seawall::repository::Key;
 use seawall::repository::layout::{TailName, WalObject};
 use seawall::testkit::logins::ModelLogins;
 use seawall::testkit::store::{Event, Faults, FaultyStore, Traits};
@@ -559,7 +559,12 @@ impl Simulation {
             let pieces = catalog.pieces(timeline).into_iter().map(|piece| (piece.from, piece.to)).collect();
             held.insert(timeline, Held(pieces));
         }
-        Some(ModelArchive { start: file.start_lsn?, held })
+        let directories = catalog.timelines.values().flatten();
+        let sealed = |dir: &DirectoryContents| {
+            dir.entries.keys().copied().filter(|name| dir.sealed(*name).is_some()).collect::<Vec<_>>()
+        };
+        let sealed = directories.flat_map(sealed).collect();
+        Some(ModelArchive { start: file.start_lsn?, held, sealed })
     }
 
     /// All faults end; then everything becomes durable and acknowledged.
@@ -577,6 +582,10 @@ impl Simulation {
                 panic!("the agent gave up: {failure} ({:?})", failure.hint);
             }
             self.start_agent();
+        }
+        if self.stores.len() > 1 {
+            // A writer looks whether its repository is still the one it was every 30 s.
+            tokio::time::sleep(Duration::from_secs(31)).await;
         }
         // Something to acknowledge, so that an agent that resumed at a segment's start can link up.
         let now = self.now();
@@ -607,20 +616,18 @@ impl Simulation {
         let Some(watched) = agent.status.borrow().watched.clone() else { return false };
         watched.repositories.iter().all(|repository| {
             matches!(repository.state(), RepositoryState::Writing)
+                && repository.is_complete()
                 && repository.frontier().is_some_and(|stored| stored.record_end == flush)
         })
     }
 
     /// Every object decodes to the server's bytes, and every repository holds all of them.
     async fn check_archive(&mut self) {
-        let mut names: Vec<BTreeSet<String>> = Vec::new();
+        let mut names: Vec<BTreeSet<SegmentName>> = Vec::new();
         for at in 0..self.stores.len() {
             self.check_repository(at).await;
-            let objects = self.stores[at].store.memory().objects();
-            let is_segment = |key: &&Key| key.as_str().contains(".zst") && !key.as_str().contains(".tail/");
-            // Encryption may have been switched between one repository's store and the other's.
-            let name = |key: &Key| key.as_str().trim_end_matches(".age").to_string();
-            names.push(objects.keys().filter(is_segment).map(name).collect());
+            let archive = self.archive(at).await.expect("there is an archive");
+            names.push(archive.sealed);
         }
         for (at, others) in names.iter().enumerate() {
             assert!(others == &names[0], "repository {at}: {:?}", others.symmetric_difference(&names[0]).next());
@@ -659,11 +666,14 @@ impl Simulation {
         let archive = self.archive(at).await.expect("there is an archive");
         let flush = self.writers[&self.current].flush_lsn();
         let held = &archive.held[&self.current];
-        // A child's own files begin with the fork's segment; where that lies before the archive's start, they may begin
-        // with the archive too.
+        // A child's own files begin with the fork's segment, even where that lies before the archive's start, or with
+        // the archive where nothing of the parent was stored.
         let begin = match self.current {
             TimelineId(1) => archive.start,
-            _ => self.writers[&self.current].start().max(archive.start),
+            _ => {
+                let fork = self.writers[&self.current].start();
+                if held.end_from(fork) > fork { fork } else { fork.max(archive.start) }
+            }
         };
         assert_eq!(held.end_from(begin), flush, "the current timeline is archived up to its end");
         if self.stores.len() > 1 {
@@ -740,6 +750,8 @@ fn encrypted() -> Keys {
 struct ModelArchive {
     start: Lsn,
     held: BTreeMap<TimelineId, Held>,
+    /// Indexed, and there.
+    sealed: BTreeSet<SegmentName>,
 }
 
 struct Held(Vec<(Lsn, Lsn)>);

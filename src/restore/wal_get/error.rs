@@ -130,6 +130,21 @@ impl WalGetError {
         }
     }
 
+    /// Which of two faults is said when nobody has the bytes: one that may be gone at the next look, one that a key
+    /// cures, damage, and last that something is not there.
+    pub(super) fn or_graver(known: Option<WalGetError>, met: WalGetError) -> Option<WalGetError> {
+        let gravity = |error: &WalGetError| match error {
+            WalGetError::Vanished { .. } => 3,
+            WalGetError::Key { .. } => 2,
+            WalGetError::Damaged { .. } => 1,
+            _ => 0,
+        };
+        match known {
+            Some(known) if gravity(&known) >= gravity(&met) => Some(known),
+            _ => Some(met),
+        }
+    }
+
     /// Whether the same bytes may be had elsewhere: from another object, another repository.
     pub(super) fn is_of_one_copy(&self) -> bool {
         match self {

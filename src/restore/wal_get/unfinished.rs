@@ -86,14 +86,14 @@ impl<'a> Unfinished<'a> {
     /// Writes the tails one after the other, in the first way whose objects are intact. Bytes that two hold are
     /// compared, also those of repositories that are not needed.
     pub async fn deliver(&self, wanted: &Wanted, dest: &Path) -> Result<(), WalGetError> {
-        let mut first_fault = None;
+        let mut fault = None;
         for way in &self.ways {
             match self.assemble(way, wanted, dest).await {
-                Err(error) if error.is_of_one_copy() => first_fault = first_fault.or(Some(error)),
+                Err(error) if error.is_of_one_copy() => fault = WalGetError::or_graver(fault, error),
                 ended => return ended,
             }
         }
-        Err(first_fault.expect("there is a way, and it failed"))
+        Err(fault.expect("there is a way, and it failed"))
     }
 
     async fn assemble(&self, way: &JoinedTails, wanted: &Wanted, dest: &Path) -> Result<(), WalGetError> {
@@ -114,19 +114,19 @@ impl<'a> Unfinished<'a> {
 
     /// Writes one tail, from the first repository that has these bytes intact.
     async fn write(&self, tail: &TailName, wanted: &Wanted, target: &mut Target) -> Result<(), WalGetError> {
-        let mut first_fault = None;
+        let mut fault = None;
         let copies = self.tails.iter().flat_map(|tails| tails.holds(tail).map(move |object| (tails, object)));
         for (tails, copy) in copies {
             let mark = target.mark();
             match write_copy(tails, copy, wanted, target).await {
                 Err(error) if error.is_of_one_copy() => {
                     target.back_to(mark);
-                    first_fault = first_fault.or(Some(error));
+                    fault = WalGetError::or_graver(fault, error);
                 }
                 ended => return ended,
             }
         }
-        Err(first_fault.expect("some repository listed it, and failed"))
+        Err(fault.expect("some repository listed it, and failed"))
     }
 }
 

@@ -4,11 +4,13 @@
 
 use std::fs;
 use std::future::Future;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use age::secrecy::ExposeSecret;
 use seawall::agent::startup;
 use seawall::catalog::store::{self, Archive};
 use seawall::catalog::{Catalog, Source};
@@ -157,7 +159,8 @@ impl Archived {
                 }
             };
             let Ok(theirs) = fs::read(server.wal_dir().join(name.to_string())) else { continue };
-            let ours = zstd_decode(&self.path_of(&key));
+            let ours = self.decode(&self.path_of(&key));
+            compared.encrypted += usize::from(key.as_str().ends_with(".age"));
             match piece.source {
                 Source::Sealed(_) => {
                     assert!(ours == theirs, "{key} differs from the server's file");
@@ -171,6 +174,31 @@ impl Archived {
             }
         }
         compared
+    }
+
+    /// A new key, whose identity the tests read with from now on; its recipient.
+    pub fn new_key(&self) -> String {
+        let identity = age::x25519::Identity::generate();
+        let mut file = fs::read_to_string(self.identity_file()).unwrap_or_default();
+        file.push_str(&format!("# {}\n{}\n", identity.to_public(), identity.to_string().expose_secret()));
+        fs::write(self.identity_file(), file).expect("a test's file can be written");
+        identity.to_public().to_string()
+    }
+
+    pub fn identity_file(&self) -> PathBuf {
+        self.scratch.join("identities.txt")
+    }
+
+    /// An object's content as the tools everybody has read it: age's own library, the `zstd` program.
+    pub fn decode(&self, path: &Path) -> Vec<u8> {
+        if path.extension().is_none_or(|extension| extension != "age") {
+            return zstd_decode(path);
+        }
+        let file = age::IdentityFile::from_file(self.identity_file().display().to_string()).expect("an identity file");
+        let plain = decrypt(path, file).unwrap_or_else(|error| panic!("age -d {}: {error}", path.display()));
+        let inner = self.scratch.join("decrypted.zst");
+        fs::write(&inner, plain).expect("a test's file can be written");
+        zstd_decode(&inner)
     }
 
     // --- What the server was told ---
@@ -190,6 +218,8 @@ impl Archived {
 pub struct Compared {
     pub segments: usize,
     pub tail_bytes: usize,
+    /// Objects of either kind.
+    pub encrypted: usize,
 }
 
 /// Where the agent's slot stands, once nobody uses it.
@@ -198,6 +228,16 @@ pub fn released_slot(server: &Server) -> Lsn {
     process::eventually(SETTLE_DEADLINE, "the slot is released", || {
         server.sql(statement).first().map(|row| row[0].parse().expect("a slot of ours holds WAL"))
     })
+}
+
+/// `age -d`.
+pub fn decrypt(path: &Path, identities: age::IdentityFile<age::NoCallbacks>) -> Result<Vec<u8>, age::DecryptError> {
+    let stored = fs::read(path).expect("an object can be read");
+    let identities = identities.into_identities()?;
+    let identities = identities.iter().map(|identity| identity.as_ref() as &dyn age::Identity);
+    let mut plain = Vec::new();
+    age::Decryptor::new(&stored[..])?.decrypt(identities)?.read_to_end(&mut plain)?;
+    Ok(plain)
 }
 
 /// An object as the tool everybody has reads it.

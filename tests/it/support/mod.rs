@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod archived;
+pub mod http;
 pub mod model;
 pub mod postgres;
 pub mod process;

@@ -1,5 +1,9 @@
-//! Owns: where log lines go and how they look: standard error, as text or JSON, and how many of them.
-//! Does not own: what is said (whoever has something to say), answers to commands (`cli/output.rs`).
+//! Owns: where log lines go and how they look: standard error, as text or JSON, and how many of them; the names of all
+//! metrics, and the events that are counted (`meters`).
+//! Does not own: what is said (whoever has something to say), answers to commands (`cli/output.rs`), where metrics are
+//! read (`monitor`).
+
+pub mod meters;
 
 use std::io::IsTerminal;
 
