@@ -20,10 +20,10 @@ test: servers ## format, lints, and all tests on every PostgreSQL installed here
 bench: ## micro-benchmarks: scan, encode, receive path
 	$(CARGO) bench --locked
 
-compare: servers ## side by side with pg_receivewal and zstd on a real server (SIZE_GIB, PAIRS, CORPORA)
+compare: servers ## side by side with pg_receivewal, zstd and WAL-RUS on real servers and stores (SIZE_GIB, PAIRS, CORPORA)
 	$(CARGO) build --locked --release
-	PIN=1 benches/compare
-	PIN=0 benches/compare
+	PIN=1 benches/compare catchup s3
+	PIN=0 benches/compare catchup commits lag idle
 
 servers: ## what tests run against: PostgreSQL 13 to 18 into target/servers, an S3 store into target/stores
 	tests/servers/install
