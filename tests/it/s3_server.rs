@@ -19,7 +19,7 @@ fn client(store: &S3Server) -> Client {
 }
 
 fn client_with(store: &S3Server, access: &str, secret: &str, attempts: u32) -> Client {
-    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(Duration::from_millis(250)).build();
+    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(Duration::from_secs(4)).build();
     let config = aws_sdk_s3::Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(Region::new(s3::REGION))

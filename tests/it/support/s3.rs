@@ -367,10 +367,10 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
         tokio::spawn(async move {
             let served = async {
                 match shared.tls.clone() {
-                    None => serve(Wire::new(stream), &shared).await,
+                    None => serve(Wire::new(stream), &shared, &stop).await,
                     Some(tls) => {
                         if let Ok(stream) = tls.accept(stream).await {
-                            serve(Wire::new(stream), &shared).await;
+                            serve(Wire::new(stream), &shared, &stop).await;
                         }
                     }
                 }
@@ -381,8 +381,11 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
 }
 
 /// One connection, request by request.
-async fn serve<S: AsyncRead + AsyncWrite + Unpin>(mut wire: Wire<S>, shared: &Arc<Shared>) {
+async fn serve<S: AsyncRead + AsyncWrite + Unpin>(mut wire: Wire<S>, shared: &Arc<Shared>, stop: &CancellationToken) {
     while let Ok(Some(head)) = wire.read_head().await {
+        if stop.is_cancelled() {
+            return;
+        }
         let (path, query) = head.target.split_once('?').unwrap_or((&head.target, ""));
         let path = percent_encoding::percent_decode_str(path.trim_start_matches('/')).decode_utf8_lossy().into_owned();
         let key = path.split_once('/').map_or("", |(_, key)| key);
