@@ -6,6 +6,7 @@ WAL-RUS has no end of its own: it is told to stop once the last whole segment is
 """
 
 import os
+import re
 import shutil
 import statistics
 import sys
@@ -15,6 +16,7 @@ from ground import (GIB, MIB, PAIRS, PINNED, RETRIES, SCRATCH, SERVER_CORE, SIZE
                     measure, memcpy_rate, print_verdicts, scratch_directory, spread, usable_seawall, verify_stored)
 from stores import BUCKET, REGION, WAL_RUS, Store, peer
 
+SEGMENT = re.compile(r"[0-9A-F]{24}\.zst(d)?")
 CPU_RATIO_MAX, STORED_RATIO_MAX, RSS_MIB_MAX = 0.7, 1.0, 64
 
 
@@ -22,6 +24,7 @@ class Bench:
     def __init__(self, corpus, store, seawall, walrus):
         self.corpus, self.store, self.seawall, self.walrus = corpus, store, seawall, walrus
         self.runs, self.count = {"seawall": [], "wal-rus": []}, 0
+        self.segments = {}  # bytes of the segments' objects alone, without indexes, tails and what else is beside them
 
     def run_once(self, tool, look=None):
         self.count += 1
@@ -39,6 +42,7 @@ class Bench:
                 last = self.corpus.segments[-1].name
                 run = measure(server, [self.walrus, "wal-receive", spool], output, self.walrus_environment(name),
                               lambda: any(True for _ in output.rglob(f"{last}.zst*")))
+            self.segments[tool] = sum(path.stat().st_size for path in output.rglob("*") if SEGMENT.fullmatch(path.name))
             if look:
                 look(output)
             return run
@@ -86,10 +90,12 @@ def compare(name, scratch, seawall, walrus):
     cpu = [ours.cpu / theirs.cpu for ours, theirs in pairs]
     stored = [ours.output / theirs.output for ours, theirs in pairs]
     wall = [ours.wall / theirs.wall for ours, theirs in pairs]
+    segments = bench.segments["seawall"] / bench.segments["wal-rus"]
     rss = max(run.rss for run in bench.runs["seawall"]) / MIB
     return print_verdicts(f"{name}: seawall against wal-rus zstd into one S3 store, median of paired ratios", [
         ("CPU" + ("" if PINNED else " (not pinned)"), spread(cpu, "x"), statistics.median(cpu), CPU_RATIO_MAX),
         ("stored bytes", spread(stored, "x"), statistics.median(stored), STORED_RATIO_MAX),
+        ("stored bytes of segments alone", f"{segments:.3f}x", segments, None),
         ("wall", spread(wall, "x"), statistics.median(wall), None),
         ("peak RSS, MiB", f"{rss:.1f}", rss, RSS_MIB_MAX),
     ])

@@ -272,3 +272,19 @@ fn secrets_that_are_read_are_mounted() {
         }
     }
 }
+
+/// A typing mistake in an alert's expression is an alert that never fires.
+#[test]
+fn alerts_use_metrics_that_exist() {
+    let alerts = text("docker/prometheus/alerts.yaml");
+    let known = seawall::telemetry::meters::CATALOGUE;
+    let mut count = 0;
+    for expression in alerts.lines().filter_map(|line| line.trim().strip_prefix("expr: ")) {
+        let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for name in words.filter(|word| word.starts_with("seawall_")) {
+            assert!(known.iter().any(|metric| metric.name == name), "{name} in {expression}");
+            count += 1;
+        }
+    }
+    assert!(count >= 10, "{count}");
+}
