@@ -154,7 +154,8 @@ impl Return {
             return Err(opening::emptied(repository, &self.options, &look));
         }
         let probed = async {
-            let archive = Archive::new(repository.backend.clone(), self.lineage.clone());
+            let archive =
+                Archive::new(repository.backend.clone(), self.lineage.clone()).with_keys(self.options.keys.clone());
             if let Some(writer) = archive.highest_writer().await?
                 && writer.epoch >= self.epoch
                 && writer.slot != self.options.slot.as_str()
