@@ -14,6 +14,10 @@
 //!                     gaps, status ◀── continuity (runs, paths, gaps) ◀────────────────────────────────────┘
 //! ```
 //!
+//! Each repository of a cluster has an archiver of its own behind an outlet, which can leave it behind and take it back;
+//! `archiver/repair.rs` copies to it what it missed. Beside them stands the [`spool`]: it takes what memory cannot hold, or
+//! everything, and goes into a repository before the next stream begins (`agent/drain.rs`).
+//!
 //! Read [`receiver`] for the life of a chunk and `archiver/push.rs` for the life of a segment; [`agent`] wires them.
 //!
 //! # Modules

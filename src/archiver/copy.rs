@@ -10,13 +10,13 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::compare::{self, Finding, Ours};
-use super::writer::{ArchiveError, Delays, Writer, is_answer};
+use super::writer::{ArchiveError, Writer};
 use crate::catalog::contents::TailObject;
 use crate::catalog::index::{Crc32, IndexEntry};
-use crate::catalog::store::{Archive, CatalogError, StoredObject};
+use crate::catalog::store::{Archive, CatalogError, StoredObject, place};
 use crate::codec::Form;
 use crate::codec::decode::FrameDecoder;
-use crate::repository::{Facts, Key, StoreErrorKind, Upload};
+use crate::repository::{Facts, Key, StoreError, StoreErrorKind, Upload};
 use crate::wal::{SegmentName, SegmentSize};
 
 /// Fetched at a time: memory, against requests.
@@ -171,13 +171,8 @@ async fn copy_object(
     }
     // A name that is taken is better known before all of it is fetched.
     if writer.retry(|| writer.archive.backend.stat(to)).await?.is_some() {
-        let location = writer.archive.backend.describe();
-        let taken = crate::repository::StoreError::new(
-            StoreErrorKind::AlreadyExists,
-            "store",
-            format!("{location}/{to}"),
-            "the name is taken",
-        );
+        let location = place(writer.archive.backend.as_ref(), to);
+        let taken = StoreError::new(StoreErrorKind::AlreadyExists, "store", location, "the name is taken");
         return Err(ArchiveError::Store(taken).into());
     }
     let mut upload = writer.retry(|| writer.archive.backend.begin_upload(to)).await?;
@@ -187,13 +182,7 @@ async fn copy_object(
         let _ = writer.call_once(upload.abort()).await;
         return written;
     }
-    let mut delays = Delays::new();
-    loop {
-        match writer.call_once(upload.complete()).await {
-            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
-            completed => return Ok(completed?),
-        }
-    }
+    Ok(writer.complete(upload.as_mut()).await?)
 }
 
 async fn write_pieces(
@@ -209,13 +198,7 @@ async fn write_pieces(
         let chunk = fetch(source, from, at, stored_bytes).await?;
         check.feed(&chunk, from)?;
         at += chunk.len() as u64;
-        let mut delays = Delays::new();
-        loop {
-            match writer.call_once(upload.append(chunk.clone())).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
-                appended => break appended?,
-            }
-        }
+        writer.append(upload, &chunk).await?;
     }
     check.finish(from)
 }

@@ -121,7 +121,7 @@ impl Group {
 mod tests {
     use super::*;
     use crate::catalog::index::Crc32;
-    use crate::wal::{Carry, Proof, SegmentNumber, SegmentSummary, TimelineId};
+    use crate::wal::{SegmentNumber, SegmentSummary, TimelineId};
 
     const SIZE: SegmentSize = SegmentSize::MIB_16;
 
@@ -135,22 +135,7 @@ mod tests {
             raw_crc32: Crc32(1),
             stored_bytes: 5,
             stored_crc32: Crc32(2),
-            summary: SegmentSummary {
-                proof: Proof::Proven,
-                record_count: 0,
-                last_record: None,
-                record_end: None,
-                min_commit_time: None,
-                max_commit_time: None,
-                min_xid: None,
-                max_xid: None,
-                last_commit: None,
-                restore_points: Vec::new(),
-                drops: Vec::new(),
-                truncations: Vec::new(),
-                truncated: false,
-                carry: Carry::default(),
-            },
+            summary: SegmentSummary::empty(None),
         }
     }
 

@@ -8,8 +8,6 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::body::{Body, Piece, Wrapping};
 use super::compare::{self, Finding, Ours};
 use super::segment::{OpenUpload, Segment, SharedUpload, upload_gone};
@@ -174,14 +172,8 @@ async fn complete_upload(
     let mut shared = upload.lock().await;
     let mut open = shared.take().ok_or_else(|| upload_gone(segment.start))?;
     let last = open.wrapping.finish(&making.workers).await;
-    append_part(writer, &mut open, last).await?;
-    let mut delays = Delays::new();
-    let completed = loop {
-        match writer.call_once(open.upload.complete()).await {
-            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
-            completed => break completed,
-        }
-    };
+    writer.append(open.upload.as_mut(), &last).await?;
+    let completed = writer.complete(open.upload.as_mut()).await;
     Ok((completed, open.wrapping.stored()))
 }
 
@@ -209,20 +201,9 @@ pub async fn append_to_upload(
     let mut open = shared.take().ok_or_else(|| upload_gone(start))?;
     for piece in pieces {
         let part = open.wrapping.add(&piece, workers).await?;
-        append_part(writer, &mut open, part).await?;
+        writer.append(open.upload.as_mut(), &part).await?;
     }
     *shared = Some(open);
-    Ok(())
-}
-
-async fn append_part(writer: &Writer, open: &mut OpenUpload, part: Bytes) -> Result<(), ArchiveError> {
-    let mut delays = Delays::new();
-    while !part.is_empty() {
-        match writer.call_once(open.upload.append(part.clone())).await {
-            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
-            appended => return appended,
-        }
-    }
     Ok(())
 }
 

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use bytes::Bytes;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalog::store::{Archive, CatalogError};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::repository::layout::Epoch;
-use crate::repository::{StoreError, StoreErrorKind};
+use crate::repository::{StoreError, StoreErrorKind, Upload};
 use crate::telemetry::meters;
 use crate::wal::SegmentName;
 
@@ -205,6 +206,29 @@ impl Writer {
             match self.call_once(call()).await {
                 Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
                 answer => return answer,
+            }
+        }
+    }
+
+    /// Appends a part to an upload, as often as it takes; an empty part is nothing.
+    pub async fn append(&self, upload: &mut dyn Upload, part: &Bytes) -> Result<(), ArchiveError> {
+        let mut delays = Delays::new();
+        while !part.is_empty() {
+            match self.call_once(upload.append(part.clone())).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
+                appended => return appended,
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives an upload its name, as often as it takes.
+    pub async fn complete(&self, upload: &mut dyn Upload) -> Result<(), ArchiveError> {
+        let mut delays = Delays::new();
+        loop {
+            match self.call_once(upload.complete()).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
+                completed => return completed,
             }
         }
     }

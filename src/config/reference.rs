@@ -186,8 +186,8 @@ const REFERENCE: &[KeyDoc] = &[
         key: "clusters.NAME.identity_file",
         kind: "absolute path",
         default: Some("none: encrypted WAL cannot be read here"),
-        effect: "Secret keys as age-keygen writes them, for reading what is encrypted: wal-get and restores need it, \
-                 the agent does not.",
+        effect: "Secret keys as age-keygen writes them, for reading what is encrypted: wal-get and restores need it; \
+                 an agent that has it compares with it an encrypted object nothing else tells about.",
         example: "\"/etc/seawall/identity.txt\"",
     },
     KeyDoc {

@@ -21,7 +21,7 @@ pub(super) struct OpenSegments {
 
 impl OpenSegments {
     pub fn new(size: SegmentSize, start: Lsn, last_record: Option<Lsn>) -> OpenSegments {
-        let open = VecDeque::from([empty_summary(last_record)]);
+        let open = VecDeque::from([SegmentSummary::empty(last_record)]);
         OpenSegments { size, first: size.segment_of(start), open, released: 0 }
     }
 
@@ -84,7 +84,7 @@ impl OpenSegments {
         current.proof = proof;
         current.record_end = carry.record_end;
         current.carry = carry;
-        self.open.push_back(empty_summary(last_record));
+        self.open.push_back(SegmentSummary::empty(last_record));
     }
 
     /// Lets the closed segments go unproven: they hold nothing but the rest of a record that began before the archive.
@@ -101,25 +101,6 @@ impl OpenSegments {
         let number = self.first;
         self.first = number.next();
         self.open.pop_front().map(|summary| (number, summary))
-    }
-}
-
-fn empty_summary(last_record: Option<Lsn>) -> SegmentSummary {
-    SegmentSummary {
-        proof: Proof::Proven,
-        record_count: 0,
-        last_record,
-        record_end: None,
-        min_commit_time: None,
-        max_commit_time: None,
-        min_xid: None,
-        max_xid: None,
-        last_commit: None,
-        restore_points: Vec::new(),
-        drops: Vec::new(),
-        truncations: Vec::new(),
-        truncated: false,
-        carry: Carry::default(),
     }
 }
 

@@ -61,4 +61,24 @@ pub struct SegmentSummary {
 impl SegmentSummary {
     /// Entries kept per list: a segment full of drops must not make its index entry as large as itself.
     pub const LIST_MAX: usize = 100;
+
+    /// Of a segment in which no record starts.
+    pub fn empty(last_record: Option<Lsn>) -> SegmentSummary {
+        SegmentSummary {
+            proof: Proof::Proven,
+            record_count: 0,
+            last_record,
+            record_end: None,
+            min_commit_time: None,
+            max_commit_time: None,
+            min_xid: None,
+            max_xid: None,
+            last_commit: None,
+            restore_points: Vec::new(),
+            drops: Vec::new(),
+            truncations: Vec::new(),
+            truncated: false,
+            carry: Carry::default(),
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::catalog::index::Crc32;
 use crate::testkit::store::MemoryStore;
-use crate::wal::{Carry, Lsn, Proof, SegmentNumber, SegmentSummary, SystemId};
+use crate::wal::{Carry, Lsn, SegmentNumber, SegmentSummary, SystemId};
 
 const MIB: u64 = 1 << 20;
 const ONE: TimelineId = TimelineId(1);
@@ -40,20 +40,8 @@ fn lineage_file(system_id: u64) -> LineageFile {
 
 fn entry(number: u64, raw_crc32: u32) -> IndexEntry {
     let summary = SegmentSummary {
-        proof: Proof::Proven,
-        record_count: 0,
-        last_record: None,
-        record_end: None,
-        min_commit_time: None,
-        max_commit_time: None,
-        min_xid: None,
-        max_xid: None,
-        last_commit: None,
-        restore_points: Vec::new(),
-        drops: Vec::new(),
-        truncations: Vec::new(),
-        truncated: false,
         carry: Carry { last_record: Some(Lsn(number * MIB + 40)), ..Carry::default() },
+        ..SegmentSummary::empty(None)
     };
     IndexEntry {
         segment: name(number),

@@ -18,7 +18,7 @@ use crate::repository::layout::{self, Epoch, IndexName, Lineage, TailName};
 use crate::repository::{Backend, Entry, Facts, Upload};
 use crate::repository::{Key, StoreError, StoreErrorKind};
 use crate::testkit::store::MemoryStore;
-use crate::wal::{Carry, Proof, SegmentSize, SegmentSummary};
+use crate::wal::{SegmentSize, SegmentSummary};
 
 const MIB: u64 = 1 << 20;
 const SYSTEM: SystemId = SystemId(7_000_000_000_000_000_001);
@@ -61,22 +61,7 @@ fn encode(raw: &[u8]) -> Vec<u8> {
 
 fn entry(name: SegmentName, raw: &[u8], stored: &[u8]) -> IndexEntry {
     let span = segment_span(name, size()).unwrap();
-    let summary = SegmentSummary {
-        proof: Proof::Proven,
-        record_count: 1,
-        last_record: None,
-        record_end: None,
-        min_commit_time: None,
-        max_commit_time: None,
-        min_xid: None,
-        max_xid: None,
-        last_commit: None,
-        restore_points: Vec::new(),
-        drops: Vec::new(),
-        truncations: Vec::new(),
-        truncated: false,
-        carry: Carry::default(),
-    };
+    let summary = SegmentSummary { record_count: 1, ..SegmentSummary::empty(None) };
     IndexEntry {
         segment: name,
         start_lsn: span.start,
