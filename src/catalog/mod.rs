@@ -1,9 +1,10 @@
 //! The catalog: what a lineage holds, read from its objects (proto-notes/07-repository-format.md).
 //!
-//! Owns: the JSON formats (`index`, `ledger`, `lineage`), what a directory listing says (`contents`), which tails
+//! Owns: the JSON formats (`index`, `ledger`, `lineage`, `backup`), what a directory listing says (`contents`), which tails
 //! count (`tails`), several repositories together (`union`), and reading all of it from a store (`store`).
 //! Does not own: names (`repository::layout`), when objects are written (`archiver`), intervals and gaps (`continuity`).
 
+pub mod backup;
 pub mod contents;
 pub mod index;
 pub mod ledger;
@@ -12,6 +13,7 @@ pub mod store;
 pub mod tails;
 pub mod union;
 
+pub use backup::{BackupFile, BackupRecord, BeginFile, LeaseFile, PinFile};
 pub use contents::{Catalog, DirectoryContents, Piece, SegmentObject, Source, TailObject, TimelineState};
 pub use index::{Crc32, IndexEntry, IndexFile};
 pub use ledger::{Expired, FactKind, LedgerFact, SegmentRange};

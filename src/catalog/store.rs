@@ -3,6 +3,8 @@
 //!
 //! A truncated, empty or foreign object is an error that names it, never "no data". Unknown names are left alone.
 
+mod backups;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

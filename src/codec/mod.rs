@@ -11,7 +11,8 @@ pub mod encrypt;
 pub use encode::{Crc32Parts, EncodedFrame, Encoder, FRAME_BYTES, LEVEL_DEFAULT};
 
 /// How the stored bytes of an object are made from its raw ones.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Form {
     /// zstd frames.
     #[default]

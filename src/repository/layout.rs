@@ -1,12 +1,16 @@
-//! Owns: every object name in a repository, written and read (proto-notes/07-repository-format.md).
+//! Owns: every object name in a repository, written and read (proto-notes/07-repository-format.md); those of backups
+//! and pins in `layout/backups.rs`.
 //! Does not own: what the objects contain.
-//! The only file that builds a [`Key`].
+//! The only place that builds a [`Key`].
+
+mod backups;
 
 use jiff::Timestamp;
 
 use super::Key;
 use crate::codec::Form;
 use crate::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
+pub use backups::{BackupId, BackupIdError, BackupType, LeaseNumber, PinName, TarStream, VolumeName, parse_volume};
 
 /// The repository's format version; a higher one found in `repository.json` is refused.
 pub const FORMAT_VERSION: u32 = 1;
@@ -39,6 +43,7 @@ pub fn kind(key: &Key) -> &'static str {
         true if path.contains(".tail/") => "tail",
         true if is_content => "segment",
         true if path.ends_with(".index.json") => "index",
+        false if path.contains("/backups/") && is_content => "volume",
         _ => "other",
     }
 }
