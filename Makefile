@@ -23,7 +23,7 @@ bench: ## micro-benchmarks: scan, encode, receive path
 compare: servers ## side by side with pg_receivewal, zstd and WAL-RUS on real servers and stores (SIZE_GIB, PAIRS, CORPORA)
 	$(CARGO) build --locked --release
 	PIN=1 benches/compare catchup s3
-	PIN=0 benches/compare catchup commits lag idle
+	PIN=0 benches/compare catchup commits lag idle backup
 
 servers: ## what tests run against: PostgreSQL 13 to 18 into target/servers, an S3 store into target/stores
 	tests/servers/install

@@ -1,5 +1,5 @@
-//! `demo`: a scratch server, an agent that dies in mid-stream, a server that is destroyed, and its copy, recovered
-//! to the last commit.
+//! `demo`: a scratch server, an agent that dies in mid-stream, a table dropped by accident and brought back, a server
+//! that is destroyed and recovered to the last commit.
 //!
 //! Owns: the story and how it is told. Does not own: directories and processes (`scene.rs`), which PostgreSQL plays
 //! the server (`installation.rs`), anything the agent or `wal-get` does: it runs them as everybody does.
@@ -22,7 +22,7 @@ use scene::{Interrupt, Keep, Scene, Server};
 
 const SLOT: &str = "seawall";
 /// How long the load runs, when the agent is killed, and when it comes back.
-const LOAD_SECONDS: u64 = 10;
+const LOAD_SECONDS: u64 = 8;
 const KILLED_AFTER: Duration = Duration::from_secs(3);
 const AWAY_FOR: Duration = Duration::from_secs(3);
 /// For what takes a second or two on an idle machine.
@@ -87,8 +87,11 @@ fn what_is_kept(scene: &Scene, copy: &Server) -> String {
 
 /// The rows of both sides, as one line each.
 const CENSUS: &str = "SELECT (SELECT count(*) FROM pgbench_accounts), (SELECT count(*) FROM pgbench_history), \
-                      (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(delta) FROM pgbench_history), \
-                      (SELECT word FROM last_word)";
+                      (SELECT sum(abalance) FROM pgbench_accounts), (SELECT sum(delta) FROM pgbench_history)";
+/// What there is to count after the accident.
+const REMAINS: &str = "SELECT (SELECT count(*) FROM pgbench_history), (SELECT word FROM last_word)";
+/// Of what `restore` says, so many lines are shown.
+const RESTORE_LINES: usize = 12;
 
 /// How much WAL the slot holds on the server.
 const HELD: &str = "SELECT pg_wal_lsn_diff(pg_current_wal_flush_lsn(), restart_lsn)::bigint \
@@ -107,23 +110,23 @@ impl<'a> Story<'a> {
         Story { scene, server, began: Instant::now(), step: 0 }
     }
 
-    /// The whole of it; the recovered copy still runs.
+    /// The whole of it; the last copy still runs.
     fn tell(mut self) -> Result<Server, Failure> {
         let (version, bin) = (&self.scene.installation.version, self.scene.installation.bin.display());
         output::text(&format!("Seawall {} meets PostgreSQL {version} ({bin})", env!("CARGO_PKG_VERSION")));
         output::text(&format!("in {}", self.scene.directory.display()));
         self.a_server()?;
         self.an_agent()?;
-        self.a_backup()?;
         self.load_and_a_crash()?;
+        let before = self.an_accident()?;
+        let target = self.the_moment()?;
+        self.back_before_it(&target, &before)?;
         let census = self.the_last_word()?;
-        self.what_the_archive_holds()?;
-        self.an_accident()?;
-        self.a_recovery(&census)
+        self.everything_is_gone(&census)
     }
 
     fn a_server(&mut self) -> Result<(), Failure> {
-        self.step("A server without archive_command");
+        self.step("A server without archive_command, and some data");
         let mut initdb = self.scene.tool("initdb");
         initdb.args(["-U", Server::USER, "-A", "trust", "-E", "UTF8", "--locale=C", "-k", "-N", "-D"]);
         initdb.arg(&self.server.data);
@@ -135,44 +138,39 @@ impl<'a> Story<'a> {
         self.scene.append(&self.server.data.join("postgresql.conf"), &settings)?;
         let server = self.server.clone();
         self.scene.start_server(&server)?;
-        let facts = self.sql("SELECT current_setting('archive_mode'), current_setting('wal_segment_size')")?;
-        let (archive_mode, segment) = facts.split_once('|').unwrap_or((&facts, "?"));
-        self.say(&format!("initdb, start: archive_mode = {archive_mode}, WAL segments of {segment}"));
+        let archive_mode = self.sql("SHOW archive_mode")?;
+        let started = Instant::now();
+        self.pgbench(&["-i", "-q", "-s", "5"])?;
+        self.sql("CREATE TABLE last_word (word text)")?;
+        let rows = self.sql("SELECT count(*) FROM pgbench_accounts")?;
+        self.say(&format!(
+            "archive_mode = {archive_mode}; pgbench -i: {} accounts in {}",
+            grouped(&rows),
+            seconds(started)
+        ));
         Ok(())
     }
 
     fn an_agent(&mut self) -> Result<(), Failure> {
-        self.step("`seawall run` streams its WAL into a directory");
+        self.step("`seawall run`: streams the WAL into a directory, and takes the first backup without being asked");
         let configuration = format!(
             "[clusters.main]\npostgres = \"{}\"\ntail_interval = \"1s\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
             self.server.conninfo(),
             self.scene.path("repository").display()
         );
         self.scene.append(&self.scene.configuration(), &configuration)?;
+        let started = Instant::now();
         let pid = self.scene.start_agent()?;
         self.wait_for_stream()?;
-        let from = self.sql("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'seawall'")?;
-        self.say(&format!(
-            "process {pid}, slot \"{SLOT}\" from {from}; no byte waits longer than a second for its upload"
-        ));
-        Ok(())
-    }
-
-    fn a_backup(&mut self) -> Result<(), Failure> {
-        self.step("Some data, and a base backup without any WAL");
-        let started = Instant::now();
-        self.pgbench(&["-i", "-q", "-s", "5"])?;
-        let rows = self.sql("SELECT count(*) FROM pgbench_accounts")?;
-        self.sql("CREATE TABLE last_word (word text)")?;
-        self.say(&format!("pgbench -i: {} accounts in {}", grouped(&rows), seconds(started)));
-        let started = Instant::now();
-        let mut backup = self.scene.tool("pg_basebackup");
-        backup.args(["-X", "none", "-c", "fast", "--no-sync", "-d", &self.server.conninfo(), "-D"]);
-        backup.arg(self.scene.path("backup"));
-        self.scene.run("pg_basebackup", backup)?;
-        let size = output::size(bytes_below(&self.scene.path("backup")));
-        self.say(&format!("pg_basebackup -X none: {size} in {}; useless without the archive", seconds(started)));
-        Ok(())
+        self.say(&format!("process {pid}, slot \"{SLOT}\"; no byte waits longer than a second for its upload"));
+        self.scene.wait("the first backup", PATIENCE, |scene| {
+            scene.check_agent()?;
+            let (code, answer) = scene.answer("seawall list", scene.seawall(&["list", "--json"]))?;
+            Ok((code == 0 && answer.contains("\"complete\"")).then_some(()))
+        })?;
+        self.say(&format!("the first backup was complete {} after the start", seconds(started)));
+        let list = self.scene.seawall(&["list"]);
+        self.quote("seawall list", list).map(drop)
     }
 
     fn load_and_a_crash(&mut self) -> Result<(), Failure> {
@@ -198,6 +196,46 @@ impl<'a> Story<'a> {
         self.scene.wait("pgbench ends", PATIENCE, over)
     }
 
+    /// What the table held before it went.
+    fn an_accident(&mut self) -> Result<String, Failure> {
+        self.step("The accident: somebody drops a table, and work goes on");
+        let census = self.sql(CENSUS)?;
+        self.say(&format!("the server holds {}", shown(&census)));
+        self.sql("DROP TABLE pgbench_accounts")?;
+        self.say("DROP TABLE pgbench_accounts");
+        self.sql("INSERT INTO last_word SELECT 'business as usual' FROM generate_series(1, 1000)")?;
+        self.sql("DELETE FROM last_word")?;
+        let lsn = self.flush_lsn()?;
+        self.wait_for_slot("the accident is archived", lsn)?;
+        Ok(census)
+    }
+
+    /// The target that stops just before the accident.
+    fn the_moment(&mut self) -> Result<Vec<String>, Failure> {
+        self.step("When was it? And what can be restored?");
+        let find = self.scene.seawall(&["find"]);
+        self.quote("seawall find", find)?;
+        let window = self.scene.seawall(&["window"]);
+        self.quote("seawall window", window)?;
+        let answer = self.scene.run("seawall find --json", self.scene.seawall(&["find", "--json"]))?;
+        // It dropped the largest relation: a table, its index, its visibility map go in one commit, the last one.
+        let answer: serde_json::Value = serde_json::from_str(&answer)
+            .map_err(|error| Failure::new(ExitCode::Internal, format!("seawall find --json: {error}")))?;
+        let drops = answer["events"].as_array().into_iter().flatten().filter(|event| event["kind"] == "drop");
+        let restore = drops.last().and_then(|event| event["restore"].as_str());
+        let restore =
+            restore.ok_or_else(|| Failure::new(ExitCode::Internal, "`seawall find` does not know the accident"))?;
+        Ok(restore.split(' ').map(str::to_string).collect())
+    }
+
+    fn back_before_it(&mut self, target: &[String], census: &str) -> Result<(), Failure> {
+        self.step("Restored to just before it, beside the running server");
+        let copy = self.restored("before", target)?;
+        self.compare(&copy, census)?;
+        self.scene.crash_server(&copy)?;
+        self.scene.remove(&copy.data)
+    }
+
     /// The last commit, and the wait until it is durable. What the server holds then.
     fn the_last_word(&mut self) -> Result<String, Failure> {
         self.step("The last commit, and when it is safe");
@@ -211,70 +249,74 @@ impl<'a> Story<'a> {
         ));
         let status = self.scene.seawall(&["status"]);
         self.quote("seawall status", status)?;
-        let census = self.sql(CENSUS)?;
-        self.say(&format!("the server holds {}", shown(&census)));
-        Ok(census)
-    }
-
-    fn what_the_archive_holds(&mut self) -> Result<(), Failure> {
-        self.step("What the archive holds");
-        let gaps = self.scene.seawall(&["gaps"]);
-        let code = self.quote("seawall gaps", gaps)?;
-        if code != 0 {
-            return Err(Failure::new(ExitCode::Internal, format!("`seawall gaps` ended with {code}")));
-        }
         let repository = self.scene.path("repository");
         let held = setup::block_on(contents(repository.clone()))??;
         let stored = bytes_below(&repository);
-        let ratio = held.bytes as f64 / stored.max(1) as f64;
         self.say(&format!(
-            "{} of WAL without a hole in {} on disk (1 : {ratio:.1}), {} segments and the tail of the next",
+            "{} of WAL without a hole and a backup of {}, in {} on disk",
             output::size(held.bytes),
+            output::size(bytes_below(&self.server.data.join("base"))),
             output::size(stored),
-            held.segments
         ));
-        Ok(())
+        self.sql(REMAINS)
     }
 
-    fn an_accident(&mut self) -> Result<(), Failure> {
-        self.step("The accident");
+    fn everything_is_gone(mut self, remains: &str) -> Result<Server, Failure> {
+        self.step("The worst: the server stops dead, and its data directory is gone");
         let server = self.server.clone();
         self.scene.crash_server(&server)?;
         self.scene.remove(&server.data)?;
         self.scene.stop_agent()?;
-        self.say("the server stopped dead, and its data directory, with the last WAL in it, is gone");
-        Ok(())
+        let copy = self.restored("copy", &[])?;
+        let recovered = self.scene.sql(&copy, REMAINS)?;
+        if recovered != remains {
+            let message = format!("the copy differs: {recovered} instead of {remains}");
+            return Err(Failure::new(ExitCode::Internal, message));
+        }
+        let (history, word) = recovered.split_once('|').unwrap_or((&recovered, "?"));
+        self.say(&format!("the copy holds {} transactions, \"{word}\"", grouped(history)));
+        output::text(&format!("\nThe same, to the last commit, after {} in all.", seconds(self.began)));
+        Ok(copy)
     }
 
-    fn a_recovery(mut self, census: &str) -> Result<Server, Failure> {
-        self.step("The recovery: base backup, restore_command, start");
-        let copy = self.scene.server("copy", "backup");
-        let command = self.scene.restore_command();
-        // In a configuration file a quote is doubled; there is none in our paths but for safety's sake.
-        let settings = format!(
-            "restore_command = '{}'\nunix_socket_directories = '{}'\n",
-            command.replace('\'', "''"),
-            copy.socket.display()
-        );
+    /// `seawall restore` into a new directory, and the server started on it, until it has been promoted.
+    fn restored(&mut self, name: &str, target: &[String]) -> Result<Server, Failure> {
+        let copy = self.scene.server(name, name);
+        let pgdata = copy.data.display().to_string();
+        let mut arguments: Vec<&str> = vec!["restore", "--pgdata", &pgdata];
+        arguments.extend(target.iter().map(String::as_str));
+        let started = Instant::now();
+        let shown = format!("seawall restore --pgdata …/{name} {}", target.join(" "));
+        let (code, answer) = self.scene.answer("seawall restore", self.scene.seawall(&arguments))?;
+        self.say(&format!("$ {}", shown.trim_end()));
+        if code != 0 {
+            return Err(Failure::new(ExitCode::Internal, format!("`seawall restore` ended with {code}: {answer}")));
+        }
+        answer.lines().take(RESTORE_LINES).for_each(|line| self.say(line));
+        let files = seconds(started);
+        let settings = format!("unix_socket_directories = '{}'\n", copy.socket.display());
         self.scene.append(&copy.data.join("postgresql.auto.conf"), &settings)?;
-        self.scene.append(&copy.data.join("recovery.signal"), "")?;
-        self.say("restore_command = 'seawall --config … wal-get %f \"%p\"'");
         let started = Instant::now();
         self.scene.start_server(&copy)?;
         self.scene.wait("the recovery ends", PATIENCE, |scene| {
             Ok((scene.sql(&copy, "SELECT pg_is_in_recovery()")? == "f").then_some(()))
         })?;
-        let took = seconds(started);
-        let recovered = self.scene.sql(&copy, CENSUS)?;
         let timeline = self.scene.sql(&copy, "SELECT substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)")?;
-        self.say(&format!("recovered and promoted in {took}, now on timeline {timeline}"));
-        self.say(&format!("the copy holds   {}", shown(&recovered)));
-        if recovered != census {
-            let message = format!("the copy differs: {recovered} instead of {census}");
-            return Err(Failure::new(ExitCode::Internal, message));
-        }
-        output::text(&format!("\nThe same, to the last commit, after {} in all.", seconds(self.began)));
+        self.say(&format!(
+            "files in {files}; started, recovered and promoted in {}, on timeline {timeline}",
+            seconds(started)
+        ));
         Ok(copy)
+    }
+
+    fn compare(&self, copy: &Server, census: &str) -> Result<(), Failure> {
+        let recovered = self.scene.sql(copy, CENSUS)?;
+        self.say(&format!("the copy holds   {}", shown(&recovered)));
+        if recovered == census {
+            return Ok(());
+        }
+        let message = format!("the copy differs: {recovered} instead of {census}");
+        Err(Failure::new(ExitCode::Internal, message))
     }
 
     // --- Words ---
@@ -350,21 +392,16 @@ impl<'a> Story<'a> {
 /// What is in the repository, as a reader finds it.
 struct Contents {
     bytes: u64,
-    segments: usize,
 }
 
 async fn contents(repository: std::path::PathBuf) -> Result<Contents, Failure> {
     let backend: Arc<dyn Backend> = Arc::new(LocalBackend::open(repository));
-    let mut held = Contents { bytes: 0, segments: 0 };
+    let mut held = Contents { bytes: 0 };
     for (lineage, _) in store::lineages(backend.as_ref(), "main").await? {
         let catalog = Archive::new(backend.clone(), lineage).load_catalog().await?;
         for timeline in catalog.timelines.keys() {
             let runs = continuity::runs(*timeline, catalog.pieces(*timeline));
-            let size = catalog.segment_size().bytes();
-            for run in runs {
-                held.bytes += run.to - run.from;
-                held.segments += (run.sealed_to.saturating_distance(run.from) / size) as usize;
-            }
+            held.bytes += runs.iter().map(|run| run.to - run.from).sum::<u64>();
         }
     }
     Ok(held)
@@ -398,9 +435,9 @@ fn grouped(digits: &str) -> String {
 /// The columns of [`CENSUS`] for people.
 fn shown(census: &str) -> String {
     let columns: Vec<&str> = census.split('|').collect();
-    let [accounts, history, balances, deltas, word] = columns[..] else { return census.to_string() };
+    let [accounts, history, balances, deltas] = columns[..] else { return census.to_string() };
     format!(
-        "{} accounts, {} transactions, balances {}, deltas {}, \"{word}\"",
+        "{} accounts, {} transactions, balances {}, deltas {}",
         grouped(accounts),
         grouped(history),
         grouped(balances),
@@ -416,6 +453,6 @@ mod tests {
     fn figures_are_grouped() {
         let groups = ["0", "12", "123", "1234", "1234567", "-123456", "-12"].map(grouped);
         assert_eq!(groups, ["0", "12", "123", "1,234", "1,234,567", "-123,456", "-12"]);
-        assert_eq!(shown("1000|20|5|5|x"), "1,000 accounts, 20 transactions, balances 5, deltas 5, \"x\"");
+        assert_eq!(shown("1000|20|5|5"), "1,000 accounts, 20 transactions, balances 5, deltas 5");
     }
 }

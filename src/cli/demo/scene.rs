@@ -110,7 +110,7 @@ impl Scene {
             Scene { program, directory, installation, interrupt, user, agent: None, load: None, running: Vec::new() };
         // Closed to everybody else: the server inside trusts whoever reaches its socket.
         scene.give(&scene.directory)?;
-        for name in ["logs", "server-socket", "copy-socket"] {
+        for name in ["logs", "server-socket", "before-socket", "copy-socket"] {
             let path = scene.path(name);
             DirBuilder::new().mode(0o700).create(&path).map_err(|error| at(&path, "make", &error))?;
             scene.give(&path)?;
@@ -167,12 +167,6 @@ impl Scene {
 
     pub fn configuration(&self) -> PathBuf {
         self.path("seawall.toml")
-    }
-
-    /// As `restore_command` for a server of this scene.
-    pub fn restore_command(&self) -> String {
-        let (program, config) = (self.program.display(), self.configuration());
-        format!("\"{program}\" --config \"{}\" wal-get %f \"%p\"", config.display())
     }
 
     fn as_service_user(&self, mut command: Command) -> Command {
