@@ -6,6 +6,7 @@ mod demo;
 mod docker;
 mod encryption;
 mod end_to_end;
+mod forks;
 mod hostile;
 mod many;
 mod monitoring;
