@@ -113,6 +113,28 @@ fn timelines_that_end_where_they_begin_are_passed_over() {
     });
 }
 
+/// No server is known to leave a timeline within a record; whatever makes a stream end with nothing stored, the next one
+/// would be the same.
+#[test]
+fn a_stream_that_stored_nothing_is_not_repeated_at_once() {
+    on_virtual_time(async {
+        let (mut model, store) = (Model::new(), FaultyStore::new(1));
+        let agent = model.agent("seawall", &store);
+        let end = model.write(100_000, 1);
+        model.wait_acknowledged("seawall").await;
+        model.wal.insert(2, &[2; 1000]);
+        model.publish();
+        model.server.with(|state| state.promote(TimelineId(2), end + 500));
+        let failure = agent.wait_failure().await;
+        assert!(failure.message.contains("nothing could be stored of it"), "{failure}");
+        let sessions = || model.server.with(|state| state.sessions_opened);
+        let before = sessions();
+        tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+        assert!(sessions() - before < 1000, "{} sessions in an hour", sessions() - before);
+        agent.kill().await;
+    });
+}
+
 /// One was out when a timeline was written beyond its fork, the other when the first one came back and the next timeline
 /// began: alone, it was compared with nobody.
 #[test]
