@@ -76,13 +76,16 @@ enum Round {
 }
 
 impl Repair {
-    /// Ends when nothing is missing any more; fails only with what stops the cluster.
-    pub async fn run(self) -> Result<(), ArchiveError> {
+    /// Ends when nothing is missing any more of what others hold, and says who they are (by their places in the
+    /// configuration); fails only with what stops the cluster.
+    pub async fn run(self) -> Result<Vec<usize>, ArchiveError> {
         let mut delays = Delays::new();
         let mut has_said_lacking = false;
         loop {
-            match self.round().await {
-                Ok(Round::Whole) => return Ok(()),
+            let sources: Vec<&Source> =
+                self.sources.iter().filter(|source| !self.outlets.is_gone(source.repository)).collect();
+            match self.round(&sources).await {
+                Ok(Round::Whole) => return Ok(sources.iter().map(|source| source.repository).collect()),
                 Ok(Round::Lacking) => {
                     if !has_said_lacking {
                         has_said_lacking = true;
@@ -107,14 +110,12 @@ impl Repair {
         }
     }
 
-    async fn round(&self) -> Result<Round, Trouble> {
-        let sources: Vec<&Source> =
-            self.sources.iter().filter(|source| !self.outlets.is_gone(source.repository)).collect();
-        let mut walk = Walk::begin(self, &sources).await?;
-        for directory in walk.directories(&sources).await? {
-            walk.pass(directory, &sources).await?;
+    async fn round(&self, sources: &[&Source]) -> Result<Round, Trouble> {
+        let mut walk = Walk::begin(self, sources).await?;
+        for directory in walk.directories(sources).await? {
+            walk.pass(directory, sources).await?;
         }
-        walk.finish(&sources).await
+        walk.finish(sources).await
     }
 
     /// What lies above is the archiver's.
