@@ -193,7 +193,7 @@ impl<'a> Walk<'a> {
             let (histories, theirs) = copy::ask(source.archive.wal_listing()).await?;
             for timeline in histories.into_iter().filter(|timeline| !known.contains(timeline)) {
                 if let Some((content, _)) = copy::ask(source.archive.history(timeline)).await? {
-                    writer.retry(|| self.target.put_history(timeline, &content)).await?;
+                    writer.store(|| self.target.put_history(timeline, &content)).await?;
                 }
             }
             directories.extend(theirs);
@@ -501,7 +501,7 @@ async fn copy_facts(repair: &Repair, ledger: &mut Vec<LedgerFact>, theirs: Vec<L
 async fn append(writer: &Writer, fact: &LedgerFact) -> Result<(), Trouble> {
     use crate::repository::StoreErrorKind;
     let distinct = crc32fast::hash(&serde_json::to_vec(fact).expect("a fact is plain data"));
-    match writer.retry(|| writer.archive.append_ledger(fact, distinct)).await {
+    match writer.store(|| writer.archive.append_ledger(fact, distinct)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
         other => Ok(other?),
     }
