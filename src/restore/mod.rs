@@ -1,6 +1,7 @@
 //! Handing WAL and backups back to PostgreSQL.
 //!
-//! Owns: the `restore_command` contract (`wal_get`).
+//! Owns: the `restore_command` contract (`wal_get`), what a restore leaves for it (`marker`).
 //! Does not own: what the archive holds (`catalog`), how it is decoded (`codec`).
 
+pub mod marker;
 pub mod wal_get;

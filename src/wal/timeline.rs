@@ -90,6 +90,14 @@ impl History {
         History { timeline, ancestors: Vec::new() }
     }
 
+    /// A timeline with these ancestors, oldest first; `None` where their numbers do not rise to its own.
+    pub fn of_ancestors(timeline: TimelineId, ancestors: Vec<HistoryEntry>) -> Option<History> {
+        let line = ancestors.iter().map(|entry| entry.timeline).chain([timeline]);
+        line.is_sorted_by(|one, next| one < next)
+            .then_some(History { timeline, ancestors })
+            .filter(|history| history.ancestors.first().is_none_or(|entry| entry.timeline > TimelineId(0)))
+    }
+
     /// Parses a history file as PostgreSQL's `readTimeLineHistory` does: `#` comments and blank lines are
     /// skipped, what follows the LSN is a reason in words, which may run over several lines.
     pub fn parse(timeline: TimelineId, content: &[u8]) -> Result<History, HistoryError> {
