@@ -7,6 +7,7 @@ mod docker;
 mod encryption;
 mod end_to_end;
 mod find;
+mod forks;
 mod hostile;
 mod many;
 mod monitoring;
