@@ -4,5 +4,6 @@
 //! Does not own: what the archive holds (`catalog`), how it is decoded (`codec`).
 
 pub mod plan;
+pub mod reach;
 pub mod target;
 pub mod wal_get;
