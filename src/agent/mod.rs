@@ -6,6 +6,7 @@
 mod absence;
 pub mod cluster;
 mod drain;
+mod known;
 pub mod observer;
 pub mod opening;
 mod sentinel;

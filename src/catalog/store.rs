@@ -709,6 +709,8 @@ fn index_fault(file: &IndexFile, name: IndexName, directory: WalDirectory, size:
             && (name.first..=name.last).contains(&entry.segment)
             && span == Some(entry.start_lsn..entry.end_lsn)
             && entry.raw_bytes == size.bytes()
+            // A writer goes on from there: beyond the segment it would be called durable without being proven.
+            && [entry.summary.record_end, entry.summary.carry.record_end].iter().flatten().all(|end| *end <= entry.end_lsn)
     };
     if file.entries.is_empty() {
         return Some("it has no entries".to_string());

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use jiff::Timestamp;
+
 use crate::config::{Flags, parse_duration};
 use crate::telemetry::{LogFormat, Verbosity};
 use crate::wal::{Lsn, TimelineId};
@@ -107,6 +109,8 @@ pub enum Command {
     Gaps(GapsArgs),
     /// What can be restored, to the commit; exit code 1 when nothing can
     Window(WindowArgs),
+    /// When did it happen: dropped and truncated relations, restore points; each with the restore that stops before it
+    Find(FindArgs),
     /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
     WalGet(WalGetArgs),
 }
@@ -169,6 +173,19 @@ pub struct GapsArgs {
     pub html: Option<PathBuf>,
 }
 
+/// Reads the index; only the unfinished segment at the end is fetched (and needs identity_file where it is encrypted).
+/// Relations are shown as tablespace/database/file, as pg_relation_filepath() has them: DROP, TRUNCATE and whatever
+/// rewrites a table removes a file. Exit code 1 when something could not be looked into.
+#[derive(Args, Debug)]
+pub struct FindArgs {
+    /// From then on: 2026-11-22T11:00:00Z, '2026-11-22 12:00:00+01:00', or how long ago: 2h, 3d
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub since: Option<Timestamp>,
+    /// Up to then
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub until: Option<Timestamp>,
+}
+
 /// Exit codes: 0 delivered; 1 not in the archive, as the store has shown; 255 every error, so that PostgreSQL stops
 /// instead of ending recovery early. Without --lineage: the newest one of the system id in global/pg_control of the
 /// current directory, where PostgreSQL runs its restore_command.
@@ -194,6 +211,16 @@ fn timeline(text: &str) -> Result<TimelineId, String> {
         Ok(0) | Err(_) => Err("expected a timeline in decimal, 1 or more".to_string()),
         Ok(number) => Ok(TimelineId(number)),
     }
+}
+
+fn moment(text: &str) -> Result<Timestamp, String> {
+    let ago = || {
+        let span: jiff::SignedDuration = text.trim_end_matches(" ago").parse().ok()?;
+        Timestamp::now().checked_sub(span.abs()).ok()
+    };
+    text.parse().ok().or_else(ago).ok_or_else(|| {
+        "expected a time with its zone, such as 2026-11-22T11:00:00Z, or how long ago, such as 2h".to_string()
+    })
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

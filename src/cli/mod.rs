@@ -8,6 +8,7 @@
 mod args;
 mod check;
 mod demo;
+mod find;
 mod gaps;
 mod init;
 mod keys;
@@ -96,6 +97,7 @@ fn run(cli: &Cli) -> u8 {
         Command::Status(args) => status::run(global, args),
         Command::Gaps(args) => gaps::run(global, args),
         Command::Window(args) => window::run(global, args),
+        Command::Find(args) => find::run(global, args),
         Command::WalGet(args) => wal_get::run(global, args),
     };
     match ended {

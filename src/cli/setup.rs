@@ -103,9 +103,17 @@ pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
         logins: Arc::new(ConfiguredLogins::new(cluster.postgres.clone())),
         repositories: cluster.repositories.iter().map(repository).collect(),
         clock: Clock::system(),
-        random: Arc::new(Mutex::new(fastrand::Rng::new())),
+        random: Arc::new(Mutex::new(fastrand::Rng::with_seed(seed()))),
         workers,
     }
+}
+
+/// From the system's randomness: what is told apart by random names, repositories among them, is so between any two
+/// processes on any two machines.
+fn seed() -> u64 {
+    let mut bytes = [0; 8];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the system gives random bytes");
+    u64::from_ne_bytes(bytes)
 }
 
 /// The same world, what is asked of its stores counted.

@@ -1,8 +1,10 @@
 //! Handing WAL and backups back to PostgreSQL.
 //!
-//! Owns: what can be restored and how (`target`, `plan`), the `restore_command` contract (`wal_get`).
+//! Owns: what can be restored and how (`target`, `plan`), the `restore_command` contract (`wal_get`), what a restore
+//! leaves for it (`marker`).
 //! Does not own: what the archive holds (`catalog`), how it is decoded (`codec`).
 
+pub mod marker;
 pub mod plan;
 pub mod reach;
 pub mod target;

@@ -138,6 +138,12 @@ impl Scanner {
         self.chain.segments.poll(self.proven())
     }
 
+    /// What the segment that holds the next byte says so far, proven or not: the fact of a record counts as soon as
+    /// its own CRC has been checked.
+    pub fn summary_of_open_segment(&self) -> &SegmentSummary {
+        self.chain.segments.reading()
+    }
+
     /// The state at the start of the segment that holds the next byte: where a child timeline is read from.
     pub fn carry_at_segment_start(&self) -> Carry {
         self.chain.segment_carry.clone()

@@ -337,16 +337,26 @@ impl Simulation {
     }
 
     /// One repository is lost and made anew, as `seawall init --create` does it, while the others hold everything
-    /// that was acknowledged.
+    /// that was acknowledged, and together everything that anyone holds: what a server that is no more wrote, and was
+    /// never acknowledged, would be lost by right with the last that has it, and the archive be left with a gap.
     async fn wipe(&mut self) {
         let lost = self.rng.usize(0..self.stores.len());
         let restart = self.acknowledged();
-        let mut others_hold = true;
-        for at in (0..self.stores.len()).filter(|at| *at != lost) {
-            let reached = self.archive(at).await.map(|archive| self.reached(&archive, restart));
-            others_hold &= reached.is_some_and(|reached| reached >= restart);
+        let mut archives = Vec::new();
+        for at in 0..self.stores.len() {
+            archives.push(self.archive(at).await);
         }
-        if !others_hold || self.options.required != self.stores.len() {
+        let reached = |archive: &ModelArchive, to: Lsn| self.reached(archive, to);
+        let mut others = archives.iter().enumerate().filter(|(at, _)| *at != lost).map(|(_, archive)| archive);
+        let others_hold = others.all(|archive| archive.as_ref().is_some_and(|it| reached(it, restart) >= restart));
+        let all = ModelArchive::together(archives.iter().flatten());
+        let others = archives.iter().enumerate().filter(|(at, _)| *at != lost);
+        let others = ModelArchive::together(others.filter_map(|(_, archive)| archive.as_ref()));
+        let nothing_is_lost = match (others, all) {
+            (Some(others), Some(all)) => reached(&others, Lsn::MAX) >= reached(&all, Lsn::MAX),
+            (_, all) => all.is_none(),
+        };
+        if !others_hold || !nothing_is_lost || self.options.required != self.stores.len() {
             return;
         }
         self.tally.wipes += 1;
@@ -747,6 +757,7 @@ fn encrypted() -> Keys {
 }
 
 /// What the archive holds, as its catalog tells.
+#[derive(Clone)]
 struct ModelArchive {
     start: Lsn,
     held: BTreeMap<TimelineId, Held>,
@@ -754,6 +765,23 @@ struct ModelArchive {
     sealed: BTreeSet<SegmentName>,
 }
 
+impl ModelArchive {
+    /// What several hold together.
+    fn together<'a>(archives: impl Iterator<Item = &'a ModelArchive>) -> Option<ModelArchive> {
+        archives.cloned().reduce(|mut all, one| {
+            all.start = all.start.min(one.start);
+            all.sealed.extend(one.sealed);
+            for (timeline, Held(pieces)) in one.held {
+                let Held(together) = all.held.entry(timeline).or_insert_with(|| Held(Vec::new()));
+                together.extend(pieces);
+                together.sort_unstable();
+            }
+            all
+        })
+    }
+}
+
+#[derive(Clone)]
 struct Held(Vec<(Lsn, Lsn)>);
 
 impl Held {

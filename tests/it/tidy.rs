@@ -30,6 +30,7 @@ const PURE: &[&str] = &[
     "src/replication/tls/fault.rs",
     "src/archiver/queue.rs",
     "src/archiver/tail.rs",
+    "src/agent/known.rs",
     "src/catalog/index.rs",
     "src/catalog/ledger.rs",
     "src/monitor/health.rs",
