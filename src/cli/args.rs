@@ -107,6 +107,8 @@ pub enum Command {
     Status(StatusArgs),
     /// Every hole in the archive; exit code 1 when one is open
     Gaps(GapsArgs),
+    /// What can be restored, to the commit; exit code 1 when nothing can
+    Window(WindowArgs),
     /// When did it happen: dropped and truncated relations, restore points; each with the restore that stops before it
     Find(FindArgs),
     /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
@@ -160,6 +162,9 @@ pub struct CheckArgs {}
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {}
+
+#[derive(Args, Debug)]
+pub struct WindowArgs {}
 
 #[derive(Args, Debug)]
 pub struct GapsArgs {

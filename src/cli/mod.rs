@@ -14,11 +14,13 @@ mod init;
 mod keys;
 mod output;
 mod repositories;
+mod restorable;
 mod run;
 mod server;
 mod setup;
 mod status;
 mod wal_get;
+mod window;
 
 use std::ffi::OsString;
 use std::process;
@@ -94,6 +96,7 @@ fn run(cli: &Cli) -> u8 {
         Command::Check(args) => check::run(global, args),
         Command::Status(args) => status::run(global, args),
         Command::Gaps(args) => gaps::run(global, args),
+        Command::Window(args) => window::run(global, args),
         Command::Find(args) => find::run(global, args),
         Command::WalGet(args) => wal_get::run(global, args),
     };

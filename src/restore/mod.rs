@@ -6,5 +6,6 @@
 
 pub mod marker;
 pub mod plan;
+pub mod reach;
 pub mod target;
 pub mod wal_get;
