@@ -11,6 +11,7 @@ mod forks;
 mod hostile;
 mod many;
 mod monitoring;
+mod proof;
 mod readers;
 mod readme;
 mod s3_conformance;

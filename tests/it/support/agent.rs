@@ -36,7 +36,7 @@ pub fn seawall_ok<A: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item =
     process::run_ok(&mut command(arguments), ANSWER_DEADLINE)
 }
 
-fn clean_environment(command: &mut Command) -> &mut Command {
+pub fn clean_environment(command: &mut Command) -> &mut Command {
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();
         if name_text.starts_with("PG") || name_text.starts_with("SEAWALL") || name_text == "RUST_LOG" {
