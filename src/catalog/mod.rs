@@ -10,6 +10,7 @@ pub mod events;
 pub mod index;
 pub mod ledger;
 pub mod lineage;
+pub mod manifest;
 pub mod store;
 pub mod tails;
 pub mod union;

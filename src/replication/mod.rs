@@ -4,6 +4,7 @@
 //! Does not own: which host to try and with which settings (`postgres`), what the WAL means (`wal`),
 //! what is acknowledged (`receiver`). Rests on `proto-notes/01-startup.md` to `03-streaming.md`.
 
+pub mod base_backup;
 pub mod command;
 pub mod connection;
 pub mod error;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use crate::secret::Secret;
 
 pub use command::{InvalidSlotName, QueryResult, SlotName, SlotReading, SystemIdentity, TimelineEnd};
-pub use connection::{Connection, Start, StreamEvent};
+pub use connection::{BackupWord, Connection, Start, StreamEvent};
 pub use error::{ConnectError, Phase, ReplicationError, ServerError, StartFault};
 pub use message::StatusUpdate;
 pub use security::{AuthPolicy, CertMode, ChannelBinding, Roots, Security, SslMode, TlsVersion};
