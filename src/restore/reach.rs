@@ -320,4 +320,4 @@ pub struct Block<'a> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -159,7 +159,8 @@ impl WalGet {
         }
         let path = self.path(asked, &file).await?;
         let limit = match on_path(&path, name.timeline, &span) {
-            Ok(limit) => limit,
+            // A plan may end where its contiguous WAL does, inside a segment of which more came after a hole.
+            Ok(limit) => self.plan_end.map_or(limit, |end| limit.min(end)),
             Err(absence) => return Ok(Some(absence)),
         };
         let wanted = Wanted { name, size, start: span.start, end: span.end, limit, system_id: file.system_id };

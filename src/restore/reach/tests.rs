@@ -45,7 +45,7 @@ fn holdings(pieces: &[(u32, &[(u64, u64)])], histories: Vec<History>) -> Holding
     }
 }
 
-pub(crate) fn backup_file(second: i64, timeline: u32, start_lsn: Lsn, stop_lsn: Lsn) -> BackupFile {
+pub fn backup_file(second: i64, timeline: u32, start_lsn: Lsn, stop_lsn: Lsn) -> BackupFile {
     let started = Timestamp::from_second(1_790_000_000 + second).unwrap();
     BackupFile {
         schema: 1,
