@@ -18,6 +18,7 @@ mod s3_faults;
 mod s3_server;
 mod servers_start;
 mod several;
+mod several_real;
 mod simulation;
 mod slots;
 mod spool;
