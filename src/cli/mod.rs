@@ -15,6 +15,7 @@ mod keys;
 mod output;
 mod repositories;
 mod restorable;
+mod restore;
 mod run;
 mod server;
 mod setup;
@@ -144,6 +145,7 @@ fn run(cli: &Cli, contract: Contract) -> u8 {
         Command::Status(args) => status::run(global, args),
         Command::Gaps(args) => gaps::run(global, args),
         Command::Window(args) => window::run(global, args),
+        Command::Restore(args) => restore::run(global, args),
         Command::Find(args) => find::run(global, args),
         Command::WalGet(args) => wal_get::run(global, args),
     };

@@ -179,7 +179,10 @@ pub enum BackupEvent<'a> {
     ManifestBegins,
     Manifest(&'a [u8]),
     /// The copy is complete, and this is where it ends. **Not yet success**: the server says last that pages were damaged.
-    End { stop: Lsn, timeline: TimelineId },
+    End {
+        stop: Lsn,
+        timeline: TimelineId,
+    },
     /// The command is complete.
     Complete,
 }

@@ -13,7 +13,8 @@ fn options() -> BaseBackupOptions {
 
 #[test]
 fn each_version_gets_the_syntax_it_takes() {
-    let old = "BASE_BACKUP LABEL 'it''s' PROGRESS FAST NOWAIT TABLESPACE_MAP MANIFEST 'yes' MANIFEST_CHECKSUMS 'CRC32C'";
+    let old =
+        "BASE_BACKUP LABEL 'it''s' PROGRESS FAST NOWAIT TABLESPACE_MAP MANIFEST 'yes' MANIFEST_CHECKSUMS 'CRC32C'";
     assert_eq!(options().command(13).unwrap(), old);
     let new = "BASE_BACKUP (LABEL 'it''s', PROGRESS, CHECKPOINT 'fast', WAIT 0, TABLESPACE_MAP, MANIFEST 'yes', \
                MANIFEST_CHECKSUMS 'CRC32C')";
@@ -81,9 +82,7 @@ fn data(body: &[u8]) -> Vec<u8> {
 }
 
 fn old_framing() -> Vec<u8> {
-    let copy = |bytes: &[&[u8]]| {
-        [out(), bytes.iter().flat_map(|body| data(body)).collect(), frame(b'c', b"")].concat()
-    };
+    let copy = |bytes: &[&[u8]]| [out(), bytes.iter().flat_map(|body| data(body)).collect(), frame(b'c', b"")].concat();
     [beginning(), copy(&[b"first", b"1"]), copy(&[b"base"]), copy(&[b"mani", b"fest"]), end()].concat()
 }
 
@@ -157,7 +156,8 @@ fn compressed_archives_have_their_own_names() {
 
 #[test]
 fn what_comes_out_of_turn_is_refused() {
-    let refused = |bytes: Vec<u8>| read(&[beginning(), bytes].concat(), 1000, BackupDecoder::new(18, None)).unwrap_err();
+    let refused =
+        |bytes: Vec<u8>| read(&[beginning(), bytes].concat(), 1000, BackupDecoder::new(18, None)).unwrap_err();
     let first = || [out(), data(b"n16384.tar\0/ts\0")].concat();
     let both = || [first(), data(b"nbase.tar\0\0")].concat();
     let hostile = [
