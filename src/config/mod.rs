@@ -216,6 +216,11 @@ impl Config {
         tree.tables(Group::Clusters).map(archive).collect()
     }
 
+    /// The file that a configuration is read from, if there is one.
+    pub fn path(sources: Sources<'_>) -> Result<Option<PathBuf>, ConfigError> {
+        Ok(find_file(sources)?.map(|(path, _)| path))
+    }
+
     fn layers(sources: Sources<'_>, any_cluster: bool) -> Result<Layers, ConfigError> {
         let mut tree = Tree::default();
         let file = find_file(sources)?;

@@ -25,6 +25,7 @@ mod spool;
 mod store_faults;
 mod support;
 mod synchronous;
+mod targets;
 mod tidy;
 mod timelines;
 mod tls;
