@@ -322,7 +322,7 @@ fn a_damaged_page_is_a_failed_backup_and_an_alarm() {
     let mut server = Server::builder(major).wal_segment_mib(1).checksums().start();
     server.sql("create table damaged as select i, md5(i::text) from generate_series(1, 10000) i");
     let file = server.sql("select pg_relation_filepath('damaged')").remove(0).remove(0);
-    server.stop_fast();
+    server.stop(postgres::Stop::Fast);
     let path = server.data_dir().join(file);
     let mut bytes = fs::read(&path).expect("the table's file can be read");
     bytes[3 * 8192 + 4000] ^= 0xFF;
