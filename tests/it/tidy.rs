@@ -59,6 +59,8 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("zstd", &["src/codec/"]),
     ("crc32c", &["src/wal/", "src/catalog/manifest/"]),
     ("tar", &["src/codec/tar.rs"]),
+    ("flate2", &["src/codec/inflate.rs"]),
+    ("lz4_flex", &["src/codec/inflate.rs"]),
     ("age", &["src/codec/encrypt.rs"]),
     ("aws_sdk_s3", &["src/repository/s3/"]),
     ("aws_config", &["src/repository/s3/"]),
