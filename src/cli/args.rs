@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
-
 use jiff::Timestamp;
 
-use crate::config::{Flags, label_fault, parse_duration};
+use crate::config::{Flags, label_fault, parse_duration, parse_size};
+use crate::restore::marker::RestoreId;
 use crate::telemetry::{LogFormat, Verbosity};
-use crate::wal::{Lsn, TimelineId};
+use crate::wal::{Lsn, SegmentName, TimelineId};
 
 const AFTER_HELP: &str = "\
 Without --config the configuration is SEAWALL_CONFIG, seawall.toml, or /etc/seawall/seawall.toml, whichever comes first;
@@ -115,6 +115,8 @@ pub enum Command {
     Unpin(PinArgs),
     /// Every hole in the archive; exit code 1 when one is open
     Gaps(GapsArgs),
+    /// What can be restored, to the commit; exit code 1 when nothing can
+    Window(WindowArgs),
     /// When did it happen: dropped and truncated relations, restore points; each with the restore that stops before it
     Find(FindArgs),
     /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
@@ -205,6 +207,9 @@ pub struct PinArgs {
 }
 
 #[derive(Args, Debug)]
+pub struct WindowArgs {}
+
+#[derive(Args, Debug)]
 pub struct GapsArgs {
     /// Also write the answer as a page
     #[arg(long, value_name = "FILE")]
@@ -230,15 +235,32 @@ pub struct FindArgs {
 #[derive(Args, Debug)]
 pub struct WalGetArgs {
     /// %f: the name PostgreSQL asks for
-    pub name: String,
+    #[arg(required_unless_present_any = ["prefetch", "restore_end"])]
+    pub name: Option<String>,
     /// %p: where to put it
-    pub dest: PathBuf,
+    #[arg(required_unless_present_any = ["prefetch", "restore_end"])]
+    pub dest: Option<PathBuf>,
     /// A directory of the cluster in the repository: <system-id> or <system-id>-<n>
     #[arg(long, value_name = "NAME")]
     pub lineage: Option<String>,
     /// This timeline whole, as pg_rewind needs it; otherwise the path to the newest one
     #[arg(long, value_name = "N", value_parser = timeline)]
     pub timeline: Option<TimelineId>,
+    /// The restore whose recovery this is: its lineage, path and end count, and WAL is fetched ahead of replay
+    #[arg(long, value_name = "ID", conflicts_with_all = ["lineage", "timeline"])]
+    pub restore: Option<RestoreId>,
+    /// How much WAL is fetched ahead; 0: none
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    pub ahead: u64,
+    /// The recovery_end_command: removes what the restore of this ID left in the data directory, lifts its pin
+    #[arg(long, value_name = "ID", conflicts_with_all = ["restore", "lineage", "timeline", "name"])]
+    pub restore_end: Option<RestoreId>,
+    /// Fetch ahead until nobody needs it: what `wal-get` starts
+    #[arg(long, hide = true, requires = "restore", conflicts_with = "name")]
+    pub prefetch: bool,
+    /// What was asked for when it was started
+    #[arg(long, hide = true, value_name = "SEGMENT", requires = "prefetch")]
+    pub from: Option<SegmentName>,
     /// How long an unavailable store is asked again
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
     pub patience: Duration,
@@ -266,6 +288,13 @@ fn moment(text: &str) -> Result<Timestamp, String> {
     text.parse().ok().or_else(ago).ok_or_else(|| {
         "expected a time with its zone, such as 2026-11-22T11:00:00Z, or how long ago, such as 2h".to_string()
     })
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    match text {
+        "0" => Ok(0),
+        text => parse_size(text).ok_or_else(|| "expected a size such as 256MiB, or 0".to_string()),
+    }
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

@@ -2,7 +2,7 @@
 //! virtual time, with faults; the oracle that looks at what came of it.
 //!
 //! One seed, one history: `SEAWALL_SEED=1234 cargo test --test it simulation` replays it, with its log.
-//! More seeds: `SEAWALL_SEEDS=100000 cargo test --release --test it simulation`.
+//! More seeds: `SEAWALL_SEEDS=100000 cargo test --release --test it simulation`, or `1000..5000` of them.
 //!
 //! After every crash and at the end: what was acknowledged is durable, contiguous and proven, in as many repositories as
 //! are required; the archive's bytes are the server's; nothing was overwritten. When all faults are over every
@@ -72,8 +72,12 @@ fn run_seeds(
         println!("{:?}", simulate(seed.parse().expect("SEAWALL_SEED is a number")));
         return None;
     }
-    let count: u64 = std::env::var("SEAWALL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default_count);
-    let next = std::sync::atomic::AtomicU64::new(0);
+    let seeds = std::env::var("SEAWALL_SEEDS").map_or(0..default_count, |text| {
+        let (first, end) = text.split_once("..").unwrap_or(("0", &text));
+        let number = |text: &str| text.parse().expect("SEAWALL_SEEDS is a number, or two: 500..1000");
+        number(first)..number(end)
+    });
+    let next = std::sync::atomic::AtomicU64::new(seeds.start);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let total = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
@@ -83,7 +87,7 @@ fn run_seeds(
                     let mut total = Tally::default();
                     loop {
                         let seed = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        if seed >= count {
+                        if seed >= seeds.end {
                             return total;
                         }
                         let replay = format!("replay with: SEAWALL_SEED={seed} cargo test --test it {name}");
@@ -108,8 +112,8 @@ fn run_seeds(
         }
         total
     });
-    println!("{count} seeds: {total:?}");
-    Some((count, total))
+    println!("seeds {seeds:?}: {total:?}");
+    Some((seeds.end - seeds.start, total))
 }
 
 /// Ends the process, naming the seed, when one history takes too long: virtual time that stands still.
