@@ -1,5 +1,6 @@
 //! The integration tests: one binary, so that they link once and share one support module.
 
+mod backup_agent;
 mod cli;
 mod crash;
 mod demo;

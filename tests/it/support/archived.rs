@@ -50,7 +50,7 @@ impl Archived {
     pub fn point_at(&self, conninfo: &str) {
         let text = format!(
             "[clusters.main]\npostgres = \"{conninfo}\"\nslot = \"{SLOT}\"\nrepositories = [\"local\"]\n\
-             tail_interval = \"200ms\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
+             backup.automatic = false\ntail_interval = \"200ms\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
             self.repository().display()
         );
         fs::write(self.config(), text).expect("a configuration can be written");
