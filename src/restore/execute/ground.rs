@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::RestoreError;
 use super::tree::{Owner, Tree, names};
+use crate::catalog::TablespaceEntry;
 use crate::repository::durable::{self, Directory, Survives};
 use crate::repository::layout::BackupId;
 use crate::restore::wal_get::read_system_id;
@@ -35,6 +36,8 @@ pub struct UnfinishedFile {
     pub system_id: SystemId,
     pub backup: BackupId,
     pub began: Timestamp,
+    /// Where this restore puts them: its own, if it goes on later.
+    pub tablespaces: Vec<TablespaceEntry>,
 }
 
 /// PGDATA as a restore may use it. Nobody else restores into it while this lives.
@@ -43,6 +46,8 @@ pub struct Ground {
     pub tree: Tree,
     /// Something is there that --delta may keep.
     pub is_used: bool,
+    /// Of the restore that did not end, if there was one.
+    pub unfinished: Option<UnfinishedFile>,
     _lock: Option<Directory>,
 }
 
@@ -89,7 +94,8 @@ pub fn take(pgdata: &Path, owner: Owner, system_id: SystemId, delta: bool) -> Re
             return Err(RestoreError::NotEmpty { path: pgdata.to_path_buf(), what: described(&tree, &names) });
         }
     }
-    Ok(Ground { tree, is_used: !names.is_empty(), _lock: lock })
+    let unfinished = unfinished(pgdata)?;
+    Ok(Ground { tree, is_used: !names.is_empty(), unfinished, _lock: lock })
 }
 
 /// Notes that a restore is at work, then makes what was there impossible to start. Both are durable afterwards.
@@ -208,7 +214,7 @@ mod tests {
 
     fn note() -> UnfinishedFile {
         let began = "2026-11-22T11:00:00Z".parse().unwrap();
-        UnfinishedFile { schema: 1, system_id: OURS, backup: "20261122T110000Z-full".parse().unwrap(), began }
+        UnfinishedFile { schema: 1, system_id: OURS, backup: "20261122T110000Z-full".parse().unwrap(), began, tablespaces: Vec::new() }
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! Does not own: what is in them, PGDATA itself (`ground.rs`).
 //!
 //! A tablespace's old place may belong to the server it came from, which may be running: it is used only where it is
-//! empty. A place that the data directory's own link names already is the copy's.
+//! empty. With --delta a place is used again that the data directory's own link names, if this restore has put the link
+//! there or the operator names the place: a copied data directory has the links of the live one.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -22,6 +23,8 @@ pub struct Place {
     pub oid: u32,
     /// `None`: in PGDATA itself (`allow_in_place_tablespaces`).
     pub location: Option<PathBuf>,
+    /// The operator has named the place.
+    pub is_said: bool,
 }
 
 /// `--tablespace OLD=NEW`.
@@ -63,6 +66,7 @@ pub fn places(
     let mut places: Vec<Place> = Vec::new();
     for TablespaceEntry { oid, location } in tablespaces {
         let mapped = mappings.iter().find(|mapping| same(location, &mapping.old)).map(|mapping| mapping.new.clone());
+        let is_said = mapped.is_some();
         let in_place = mapped.is_none() && *location == format!("pg_tblspc/{oid}");
         let location = (!in_place).then(|| mapped.unwrap_or_else(|| PathBuf::from(location)));
         if let Some(location) = &location {
@@ -71,7 +75,7 @@ pub fn places(
         if places.iter().any(|place| place.oid == *oid) {
             return Err(RestoreError::Inconsistent { fault: format!("it has tablespace {oid} twice") });
         }
-        places.push(Place { oid: *oid, location });
+        places.push(Place { oid: *oid, location, is_said });
     }
     Ok(places)
 }
@@ -108,7 +112,11 @@ fn check(oid: u32, location: &Path, pgdata: &Path, others: &[Place]) -> Result<(
 }
 
 /// Looks at every place and opens it; an absent one is made. Refuses one that holds anything of somebody else's.
-pub fn take(places: &[Place], ground: &Ground) -> Result<BTreeMap<u32, Tree>, RestoreError> {
+pub fn take(
+    places: &[Place],
+    ground: &Ground,
+    unfinished: &[TablespaceEntry],
+) -> Result<BTreeMap<u32, Tree>, RestoreError> {
     let owner = ground.tree.owner();
     let mut trees = BTreeMap::new();
     for place in places {
@@ -118,7 +126,9 @@ pub fn take(places: &[Place], ground: &Ground) -> Result<BTreeMap<u32, Tree>, Re
                 let root = ground::open_or_create(location, owner)?;
                 let real = std::fs::canonicalize(location).map_err(|e| RestoreError::local("open", location, e))?;
                 check_real(place.oid, location, &real, ground, &trees)?;
-                if !is_linked(&ground.tree, place.oid, location) {
+                let was_ours = |known: &TablespaceEntry| known.oid == place.oid && same(&known.location, location);
+                let is_ours = place.is_said || unfinished.iter().any(was_ours);
+                if !is_ours || !is_linked(&ground.tree, place.oid, location) {
                     refuse_used(place.oid, location, &root)?;
                 }
                 Tree::new(root, location.clone(), owner)
@@ -192,7 +202,7 @@ pub fn link(places: &[Place], pgdata: &Tree) -> Result<(), RestoreError> {
         let path = [b"pg_tblspc/", name.as_slice()].concat();
         match place {
             Some(Place { location: None, .. }) => {}
-            Some(Place { oid, location: Some(location) }) if is_linked(pgdata, *oid, location) => {}
+            Some(Place { oid, location: Some(location), .. }) if is_linked(pgdata, *oid, location) => {}
             _ => pgdata.remove(&path)?,
         }
     }
@@ -259,18 +269,23 @@ mod tests {
     fn a_place_in_use_is_refused_and_the_copys_own_is_not() {
         let scratch = tempfile::tempdir().unwrap();
         let [pgdata, location] = ["pgdata", "ts"].map(|name| scratch.path().join(name));
-        let place = [Place { oid: 16384, location: Some(location.clone()) }];
+        let said = |oid| Place { oid, location: Some(location.clone()), is_said: true };
+        let place = [said(16384)];
         let ground = ground(&pgdata, false);
-        take(&place, &ground).unwrap();
+        take(&place, &ground, &[]).unwrap();
         std::fs::create_dir(location.join("lost+found")).unwrap();
-        take(&place, &ground).unwrap();
+        take(&place, &ground, &[]).unwrap();
         std::fs::create_dir(location.join("PG_18_202506291")).unwrap();
-        let error = take(&place, &ground).unwrap_err();
+        let error = take(&place, &ground, &[]).unwrap_err();
         assert!(error.to_string().contains("a server uses"), "{error}");
         link(&place, &ground.tree).unwrap();
-        take(&place, &ground).unwrap();
-        let other = [Place { oid: 16385, location: Some(location) }];
-        take(&other, &ground).unwrap_err();
+        take(&place, &ground, &[]).unwrap();
+        let unsaid = [Place { is_said: false, ..said(16384) }];
+        take(&unsaid, &ground, &[]).unwrap_err();
+        let known = TablespaceEntry { oid: 16384, location: location.to_str().unwrap().into() };
+        take(&unsaid, &ground, &[known]).unwrap();
+        let other = [said(16385)];
+        take(&other, &ground, &[]).unwrap_err();
         link(&other, &ground.tree).unwrap();
         assert!(!pgdata.join("pg_tblspc/16384").is_symlink() && pgdata.join("pg_tblspc/16385").is_symlink());
     }
@@ -282,8 +297,8 @@ mod tests {
         let ground = ground(&pgdata, false);
         let sly = scratch.path().join("sly");
         std::os::unix::fs::symlink(&pgdata, &sly).unwrap();
-        let place = [Place { oid: 16384, location: Some(sly) }];
-        let error = take(&place, &ground).unwrap_err();
+        let place = [Place { oid: 16384, location: Some(sly), is_said: true }];
+        let error = take(&place, &ground, &[]).unwrap_err();
         assert!(error.to_string().contains("leads to"), "{error}");
     }
 }
