@@ -41,6 +41,7 @@
 //! | | |
 //! | [`receiver`] | a chunk's life: match, prove, cut; what is acknowledged |
 //! | [`archiver`] | a segment's life: compress, store, index; tails |
+//! | [`backup`] | a base backup: verified, cut into volumes, stored |
 //! | [`restore`] | the `restore_command` |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
@@ -71,6 +72,7 @@
 
 pub mod agent;
 pub mod archiver;
+pub mod backup;
 pub mod catalog;
 pub mod cli;
 pub mod codec;

@@ -9,6 +9,7 @@ pub mod contents;
 pub mod index;
 pub mod ledger;
 pub mod lineage;
+pub mod manifest;
 pub mod store;
 pub mod tails;
 pub mod union;

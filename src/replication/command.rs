@@ -183,7 +183,7 @@ pub struct TimelineEnd {
 pub type BadAnswer = String;
 
 /// Exactly one row of at least `columns` columns. Later versions may add columns at the end.
-fn one_row(result: &QueryResult, columns: usize) -> Result<(), BadAnswer> {
+pub(super) fn one_row(result: &QueryResult, columns: usize) -> Result<(), BadAnswer> {
     match result.rows.as_slice() {
         [row] if row.len() >= columns => Ok(()),
         [row] => Err(format!("the answer has {} columns, expected {columns}", row.len())),
@@ -191,12 +191,12 @@ fn one_row(result: &QueryResult, columns: usize) -> Result<(), BadAnswer> {
     }
 }
 
-fn parse<T: FromStr>(result: &QueryResult, column: usize, what: &str) -> Result<T, BadAnswer> {
+pub(super) fn parse<T: FromStr>(result: &QueryResult, column: usize, what: &str) -> Result<T, BadAnswer> {
     let text = result.text(0, column).ok_or_else(|| format!("the answer has no {what}"))?;
     text.parse().map_err(|_| format!("the answer's {what} cannot be read: {:?}", escape(text)))
 }
 
-fn parse_timeline(result: &QueryResult, column: usize) -> Result<TimelineId, BadAnswer> {
+pub(super) fn parse_timeline(result: &QueryResult, column: usize) -> Result<TimelineId, BadAnswer> {
     match parse(result, column, "timeline")? {
         0 => Err("the answer names timeline 0, which does not exist".to_string()),
         timeline => Ok(TimelineId(timeline)),

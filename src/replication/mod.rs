@@ -4,6 +4,7 @@
 //! Does not own: which host to try and with which settings (`postgres`), what the WAL means (`wal`),
 //! what is acknowledged (`receiver`). Rests on `proto-notes/01-startup.md` to `03-streaming.md`.
 
+pub mod base_backup;
 pub mod command;
 pub mod connection;
 pub mod error;
