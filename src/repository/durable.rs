@@ -217,7 +217,8 @@ impl Directory {
     /// Where a symbolic link leads; `InvalidInput` for what is none.
     pub fn read_link(&self, name: impl AsRef<Path>) -> io::Result<std::path::PathBuf> {
         let target = rustix::fs::readlinkat(&self.0, name.as_ref(), Vec::new())?;
-        Ok(std::os::unix::ffi::OsStringExt::from_vec(target.into_bytes()))
+        let target: std::ffi::OsString = std::os::unix::ffi::OsStringExt::from_vec(target.into_bytes());
+        Ok(target.into())
     }
 
     /// Gives a file that is on the disk its final name in the same directory, durably, in place of any other.

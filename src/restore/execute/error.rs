@@ -81,6 +81,8 @@ pub enum CopyFault {
     Missing { object: String },
     #[error("object {object} is damaged: {fault}")]
     Damaged { object: String, fault: String },
+    #[error("object {object} cannot be read: {source}")]
+    Key { object: String, source: DecodeError },
     #[error("it gave no answer within {seconds} s")]
     Silent { seconds: u64 },
     #[error("its copy of the backup is another one: {fault}")]

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::RestoreError;
 use super::tree::{Owner, Tree, names};
-use crate::catalog::TablespaceEntry;
+use crate::catalog::backup::TablespaceEntry;
 use crate::repository::durable::{self, Directory, Survives};
 use crate::repository::layout::BackupId;
 use crate::restore::wal_get::read_system_id;
@@ -181,8 +181,7 @@ fn described(tree: &Tree, names: &[Vec<u8>]) -> String {
     if let (Some(version), Ok(Some(system))) = (version, system_id_of(tree.path())) {
         return format!("PostgreSQL {version} data of system {system}");
     }
-    let shown: Vec<String> =
-        names.iter().take(SHOWN).map(|name| OsStrExt::from_bytes(name)).map(shown_name).collect();
+    let shown: Vec<String> = names.iter().take(SHOWN).map(|name| OsStrExt::from_bytes(name)).map(shown_name).collect();
     let more = if names.len() > SHOWN { ", …" } else { "" };
     format!("{} ({}{more})", counted(names.len()), shown.join(", "))
 }
@@ -214,7 +213,13 @@ mod tests {
 
     fn note() -> UnfinishedFile {
         let began = "2026-11-22T11:00:00Z".parse().unwrap();
-        UnfinishedFile { schema: 1, system_id: OURS, backup: "20261122T110000Z-full".parse().unwrap(), began, tablespaces: Vec::new() }
+        UnfinishedFile {
+            schema: 1,
+            system_id: OURS,
+            backup: "20261122T110000Z-full".parse().unwrap(),
+            began,
+            tablespaces: Vec::new(),
+        }
     }
 
     #[test]

@@ -196,7 +196,8 @@ mod tests {
         let source = "# hand-written\nwork_mem = '64MB'\n  Primary_ConnInfo 'host=db1 password=x'\nRECOVERY_TARGET_TIME='2020-01-01'\n\
                       primary_conninfo_of_mine.x = '1'\narchive_mode='on'\nshared_buffers = '1GB'";
         let found = text(source, &recovery());
-        for line in ["# hand-written", "work_mem = '64MB'", "primary_conninfo_of_mine.x = '1'", "shared_buffers = '1GB'"]
+        for line in
+            ["# hand-written", "work_mem = '64MB'", "primary_conninfo_of_mine.x = '1'", "shared_buffers = '1GB'"]
         {
             assert!(found.lines().any(|l| l == line), "{line}: {found}");
         }
@@ -229,9 +230,13 @@ mod tests {
     #[test]
     fn every_version_knows_its_settings() {
         let of = |server_major| text("", &Recovery { server_major, ..recovery() });
-        for (major, trigger, library, slots) in
-            [(13, true, false, false), (14, true, false, false), (15, true, true, false), (16, false, true, false), (17, false, true, true)]
-        {
+        for (major, trigger, library, slots) in [
+            (13, true, false, false),
+            (14, true, false, false),
+            (15, true, true, false),
+            (16, false, true, false),
+            (17, false, true, true),
+        ] {
             let found = of(major);
             assert_eq!(found.contains("promote_trigger_file"), trigger, "{major}");
             assert_eq!(found.contains("archive_library"), library, "{major}");

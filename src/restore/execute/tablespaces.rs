@@ -92,9 +92,8 @@ fn is_sound(location: &Path) -> bool {
 }
 
 fn check(oid: u32, location: &Path, pgdata: &Path, others: &[Place]) -> Result<(), RestoreError> {
-    let fault = |fault: &str| {
-        Err(RestoreError::Tablespace { oid, location: location.to_path_buf(), fault: fault.to_string() })
-    };
+    let fault =
+        |fault: &str| Err(RestoreError::Tablespace { oid, location: location.to_path_buf(), fault: fault.to_string() });
     if !is_sound(location) {
         return fault("is not an absolute path without `..`");
     }
@@ -111,7 +110,7 @@ fn check(oid: u32, location: &Path, pgdata: &Path, others: &[Place]) -> Result<(
     }
 }
 
-/// Looks at every place and opens it; an absent one is made. Refuses one that holds anything of somebody else's.
+/// Looks at every place outside PGDATA and opens it; an absent one is made. Refuses one that holds anything of somebody else's.
 pub fn take(
     places: &[Place],
     ground: &Ground,
@@ -120,23 +119,26 @@ pub fn take(
     let owner = ground.tree.owner();
     let mut trees = BTreeMap::new();
     for place in places {
-        let tree = match &place.location {
-            None => in_place(ground, place.oid)?,
-            Some(location) => {
-                let root = ground::open_or_create(location, owner)?;
-                let real = std::fs::canonicalize(location).map_err(|e| RestoreError::local("open", location, e))?;
-                check_real(place.oid, location, &real, ground, &trees)?;
-                let was_ours = |known: &TablespaceEntry| known.oid == place.oid && same(&known.location, location);
-                let is_ours = place.is_said || unfinished.iter().any(was_ours);
-                if !is_ours || !is_linked(&ground.tree, place.oid, location) {
-                    refuse_used(place.oid, location, &root)?;
-                }
-                Tree::new(root, location.clone(), owner)
-            }
-        };
-        trees.insert(place.oid, tree);
+        let Some(location) = &place.location else { continue };
+        let root = ground::open_or_create(location, owner)?;
+        let real = std::fs::canonicalize(location).map_err(|error| RestoreError::local("open", location, error))?;
+        check_real(place.oid, location, &real, ground, &trees)?;
+        let was_ours = |known: &TablespaceEntry| known.oid == place.oid && same(&known.location, location);
+        let is_ours = place.is_said || unfinished.iter().any(was_ours);
+        if !is_ours || !is_linked(&ground.tree, place.oid, location) {
+            refuse_used(place.oid, location, &root)?;
+        }
+        trees.insert(place.oid, Tree::new(root, location.clone(), owner));
     }
     Ok(trees)
+}
+
+/// Opens the places in PGDATA itself, which are made. Only once the restore has begun.
+pub fn take_inside(places: &[Place], ground: &Ground, trees: &mut BTreeMap<u32, Tree>) -> Result<(), RestoreError> {
+    for place in places.iter().filter(|place| place.location.is_none()) {
+        trees.insert(place.oid, in_place(ground, place.oid)?);
+    }
+    Ok(())
 }
 
 fn in_place(ground: &Ground, oid: u32) -> Result<Tree, RestoreError> {
@@ -160,7 +162,10 @@ fn check_real(
     let pgdata = canonical(ground.tree.path());
     let overlaps = |other: &Path| other.starts_with(real) || real.starts_with(other);
     let taken = overlaps(&pgdata)
-        || others.values().map(|tree| canonical(tree.path())).any(|other| overlaps(&other) && !other.starts_with(&pgdata));
+        || others
+            .values()
+            .map(|tree| canonical(tree.path()))
+            .any(|other| overlaps(&other) && !other.starts_with(&pgdata));
     match taken {
         true => {
             let fault = format!("leads to {}, where something else of this restore goes", real.display());
