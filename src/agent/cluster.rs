@@ -3,7 +3,6 @@
 //! Owns: what follows from each way a session can begin and end; every attempt's reason is said.
 //! Does not own: the steps themselves (`startup.rs`, `slot.rs`, `session.rs`, `standby.rs`).
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::absence::Absences;
 use super::drain;
+use super::known::{Beginning, Known};
 use super::opening::{self, Opened, Opening};
 use super::session::{self, Assignment, Member, Watched};
 use super::slot::{self, Found};
@@ -25,12 +25,12 @@ use crate::catalog::store::Archive;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::postgres::{Purpose, connect};
 use crate::receiver::resume::Frontier;
-use crate::receiver::{Acknowledge, ReceiveError, Stored, StreamEnd};
+use crate::receiver::{Acknowledge, ReceiveError, StreamEnd};
 use crate::replication::{Connection, Start, StartFault};
 use crate::repository::layout::{Epoch, Lineage};
 use crate::spool::Spool;
 use crate::telemetry::meters;
-use crate::wal::{FaultClass, Lsn, ScanError, ScanOptions, SegmentSize, SystemId, TimelineId};
+use crate::wal::{FaultClass, History, Lsn, ScanError, ScanOptions, SegmentSize, SystemId, TimelineId};
 
 /// What a cluster's agent is doing, for whoever watches it.
 #[derive(Clone, Debug, Default)]
@@ -75,10 +75,8 @@ pub struct ClusterAgent {
     epoch: Option<(Lineage, Epoch)>,
     /// Repositories that are out, over all streams.
     absences: Absences,
-    /// What each repository was found to hold without a hole, by its place in the configuration.
-    contiguous: BTreeMap<usize, Stored>,
-    /// The timeline on which each was compared with the others last: when one ends, some may hold more of it.
-    compared: BTreeMap<usize, TimelineId>,
+    /// What the streams before found out of the repositories.
+    known: Known,
     /// Consecutive attempts without a stream.
     failures: u32,
     /// The fault the last stream ended with: the same one again is damage at the source.
@@ -127,8 +125,7 @@ impl ClusterAgent {
             status,
             epoch: None,
             absences: Absences::default(),
-            contiguous: BTreeMap::new(),
-            compared: BTreeMap::new(),
+            known: Known::default(),
             failures: 0,
             fault: None,
             last_said: None,
@@ -250,12 +247,9 @@ impl ClusterAgent {
         let epoch = match turn {
             standby::Turn::Ours { epoch, newcomers } => {
                 if self.epoch.as_ref().is_none_or(|(before, _)| *before != lineage) {
-                    self.contiguous.clear();
-                    self.compared.clear();
+                    self.known.forget_all();
                 }
-                // One that has lost our epoch may have lost anything.
-                self.contiguous.retain(|index, _| !newcomers.contains(index));
-                self.compared.retain(|index, _| !newcomers.contains(index));
+                self.known.forget(&newcomers);
                 self.epoch = Some((lineage.clone(), epoch));
                 epoch
             }
@@ -268,7 +262,7 @@ impl ClusterAgent {
             }
         };
         let archives: Vec<Archive> = opening.present.iter().map(|opened| opened.archive.clone()).collect();
-        let members = self.members(&opening, &start, &planned);
+        let members = self.members(&opening, &start, &planned, &server.history);
         let frontier = start.frontier;
         tracing::info!(
             cluster = self.options.name, server = %login.address, version = server.version, %timeline,
@@ -312,19 +306,31 @@ impl ClusterAgent {
         let began = tokio::time::Instant::now();
         let ended = session::run(&self.world, &self.options, connection, assignment, self.stop.clone(), watching).await;
         self.remember_acknowledged();
-        self.contiguous.extend(ended.contiguous.into_iter().filter(|(_, stored)| *stored != Stored::default()));
+        for (index, stored) in ended.contiguous {
+            self.known.handle_contiguous(index, stored, &server.history);
+        }
+        for (index, others) in &ended.repaired {
+            self.known.handle_compared(*index, timeline, others);
+        }
         // One that ends as soon as it begins is a failure like others: with growing pauses, said once.
         if began.elapsed() >= Self::DELAY_MAX || self.status.borrow().acknowledged > durable_before {
             self.failures = 0;
             self.last_said = None;
         }
-        self.compared.extend(ended.repaired.iter().map(|index| (*index, timeline)));
         let doubted = self.doubted.take();
         match ended.archived {
             Ok(()) | Err(ArchiveError::Stopped) => {}
             Err(error) => return Err(self.stop_for_conflict(&archives, timeline, server.segment_size, error).await),
         }
         match ended.received {
+            Ok(StreamEnd::Timeline(end)) if !ended.has_stored && !self.stop.is_cancelled() => {
+                let message = format!(
+                    "timeline {timeline} ended at {}, and nothing could be stored of it from {segment_start} on",
+                    end.next_start
+                );
+                // The plan would be the same again.
+                Err(Failure::new(ExitCode::Unavailable, message).disposition(Disposition::Reconnect))
+            }
             Ok(StreamEnd::Timeline(end)) => {
                 tracing::info!(ended = %timeline, next = %end.next_timeline, at = %end.next_start, "the timeline ended");
                 Ok(Round::Again)
@@ -374,28 +380,23 @@ impl ClusterAgent {
     }
 
     /// The repositories of a stream. `planned` are those the start was planned with: one more may have failed since.
-    fn members(&self, opening: &Opening, start: &Resumption, planned: &[usize]) -> Vec<Member> {
+    fn members(&self, opening: &Opening, start: &Resumption, planned: &[usize], path: &History) -> Vec<Member> {
         for absent in &opening.absent {
             self.absences.handle_out(absent.index, &self.world.repositories[absent.index].name, &absent.why);
         }
         let is_lone = self.world.repositories.len() == 1;
+        let present: Vec<usize> = opening.present.iter().map(|opened| opened.index).collect();
+        let (timeline, segment_start) = (start.frontier.timeline, start.frontier.segment_start);
+        let beginning = Beginning { path, timeline, segment_start, present: &present };
         let member = |opened: &Opened| {
             self.absences.handle_back(opened.index, &opened.name);
             let at = planned.iter().position(|index| *index == opened.index).expect("nobody joins after the plan");
-            let frontier = start.own[at].clone();
-            let known = self.contiguous.get(&opened.index).copied().unwrap_or_default();
-            // Whole up to there before, and from before there up to here now.
-            let reaches =
-                start.contiguous_from[at].is_some_and(|from| known != Stored::default() && from <= known.bytes_end);
-            // What it was known to hold beyond the start was another history's, or is gone: it is looked for anew.
-            let is_below = known.bytes_end <= frontier.segment_start;
-            let contiguous = match is_lone || reaches {
+            let (frontier, from) = (start.own[at].clone(), start.contiguous_from[at]);
+            let contiguous = match is_lone {
                 true => frontier.stored(),
-                false if is_below => known,
-                false => Stored::default(),
+                false => self.known.contiguous(opened.index, frontier.stored(), from, beginning),
             };
-            let is_compared =
-                !is_lone && (!reaches || self.compared.get(&opened.index) != Some(&start.frontier.timeline));
+            let is_compared = !is_lone && self.known.is_to_compare(opened.index, from, beginning);
             Member { opened: opened.clone(), frontier, contiguous, is_compared }
         };
         opening.present.iter().map(member).collect()

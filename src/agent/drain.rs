@@ -24,7 +24,7 @@ use crate::receiver::resume::{self, Frontier, PrefixCheck};
 use crate::receiver::{Acknowledge, Cut, Framer, MemoryBudget, Piece, Progress, Sealed};
 use crate::repository::layout::{Epoch, Lineage, WalDirectory};
 use crate::spool::{Destination, LineageSpool, Marker, RunName, RunReader, Spool, SpoolError};
-use crate::wal::{Carry, History, Lsn, ScanOptions, Scanner, SegmentName, SegmentSize, TimelineId};
+use crate::wal::{Carry, History, HistoryEntry, Lsn, ScanOptions, Scanner, SegmentName, SegmentSize, TimelineId};
 
 /// Pieces on their way to the encoder, as in a stream.
 const PIECES_MAX: usize = 6;
@@ -268,23 +268,31 @@ impl<'a> Drain<'a> {
         if let Some(frontier) = startup::frontier_of(&state, size) {
             return Ok(Some((history, frontier)));
         }
-        let frontier = match history.parent() {
-            Some(parent) => {
-                let state = self.archive.frontier(parent.timeline, size).await?;
-                if startup::frontier_of(&state, size).is_none_or(|parents| parents.stored().bytes_end < parent.end) {
-                    return Ok(None);
-                }
-                let boundary = size.floor(parent.end);
+        // A parent without WAL of its own ended where it began: the one before it leads here.
+        let has_wal = |entry: &&HistoryEntry| history.begin_of(entry.timeline) < Some(entry.end);
+        let Some(parent) = history.ancestors().iter().rev().find(has_wal) else {
+            let first = runs.iter().map(|run| run.from).min().expect("there is a run");
+            return Ok(Some((history, Frontier::empty(timeline, size.floor(self.start().await?.unwrap_or(first))))));
+        };
+        let boundary = size.floor(parent.end);
+        let state = self.archive.frontier(parent.timeline, size).await?;
+        let frontier = match startup::frontier_of(&state, size) {
+            Some(parents) if parents.stored().bytes_end >= parent.end => {
                 let (carry, record_end) = state_before(&self.archive, parent.timeline, boundary, size).await?;
                 resume::child_frontier(timeline, parent.end, size, carry, record_end)
             }
-            None => {
-                let start = self.archive.lineage_file().await?.start_lsn;
-                let first = runs.iter().map(|run| run.from).min().expect("there is a run");
-                Frontier::empty(timeline, size.floor(start.unwrap_or(first)))
-            }
+            // The archive begins behind it, or in the fork's segment, and nothing of it could be stored.
+            None => match self.start().await?.map(|start| size.floor(start)) {
+                Some(start) if start >= boundary => Frontier::empty(timeline, start),
+                _ => return Ok(None),
+            },
+            Some(_) => return Ok(None),
         };
         Ok(Some((history, frontier)))
+    }
+
+    async fn start(&self) -> Result<Option<Lsn>, Failure> {
+        Ok(self.archive.lineage_file().await?.start_lsn)
     }
 
     /// An epoch to write under; `None` when somebody else took one after this WAL was received: whoever that is

@@ -86,6 +86,8 @@ pub struct Watched {
     pub server_major: u32,
     /// What the repositories that take part hold of the lineage.
     pub archives: Vec<Archive>,
+    /// The same, with who they are.
+    pub opened: Vec<Opened>,
     pub spool: Arc<watch::Sender<SpoolHealth>>,
 }
 
@@ -157,6 +159,9 @@ impl WatchedRepository {
     }
 }
 
+/// A repository, and those it was compared with.
+type Repaired = (usize, Vec<usize>);
+
 /// How a stream ended: the receiver's word, and the archivers', which decides when both have failed.
 #[derive(Debug)]
 pub struct Ended {
@@ -164,8 +169,10 @@ pub struct Ended {
     pub archived: Result<(), ArchiveError>,
     /// What each repository that took part holds without a hole.
     pub contiguous: Vec<(usize, Stored)>,
-    /// Those that were found to miss nothing, or got it.
-    pub repaired: Vec<usize>,
+    /// Those that were found to miss nothing, or got it, each with those it was compared with.
+    pub repaired: Vec<Repaired>,
+    /// Whether any of them holds more than before.
+    pub has_stored: bool,
 }
 
 /// Streams until the timeline or the connection ends, `stop` asks to drain, or a repository is back. When this returns
@@ -190,7 +197,7 @@ pub async fn run(
     encoded.extend(spooled);
     let encoding = archiver::run_encoding(pieces_input, encoded, world.workers.clone(), memory.clone());
     let encoding = AbortOnDropHandle::new(tokio::spawn(encoding));
-    let repaired: Arc<Mutex<Vec<usize>>> = Arc::default();
+    let repaired: Arc<Mutex<Vec<Repaired>>> = Arc::default();
     let repairing = run_repairs(repairs, assignment.absences.clone(), repaired.clone(), abort.clone());
     let repairs = AbortOnDropHandle::new(tokio::spawn(repairing));
 
@@ -251,9 +258,12 @@ pub async fn run(
         false => Ok(()),
     };
     let repaired = repaired.lock().expect("no holder panics").clone();
-    let parts = watched.repositories.iter().filter_map(|repository| repository.part.as_ref());
-    let contiguous = parts.map(|part| (part.reach.repository, part.reach.contiguous())).collect();
-    Ended { received, archived: repair_failed.and(archived), contiguous, repaired }
+    let parts: Vec<&Part> = watched.repositories.iter().filter_map(|repository| repository.part.as_ref()).collect();
+    let contiguous = parts.iter().map(|part| (part.reach.repository, part.reach.contiguous())).collect();
+    let before = |member: &Member| member.frontier.stored().bytes_end;
+    let has_stored =
+        assignment.members.iter().zip(&parts).any(|(member, part)| part.reach.run().bytes_end > before(member));
+    Ended { received, archived: repair_failed.and(archived), contiguous, repaired, has_stored }
 }
 
 type RunningOutlets = FuturesUnordered<AbortOnDropHandle<Result<Finished, ArchiveError>>>;
@@ -363,6 +373,7 @@ async fn begin_members(
             address: assignment.address.clone(),
             server_major: assignment.server_major,
             archives: members.iter().map(|member| member.opened.archive.clone()).collect(),
+            opened: members.iter().map(|member| member.opened.clone()).collect(),
             spool: Arc::default(),
         },
         outlets,
@@ -376,7 +387,7 @@ async fn begin_members(
 async fn run_repairs(
     repairs: Vec<(usize, Repair)>,
     absences: Absences,
-    done: Arc<Mutex<Vec<usize>>>,
+    done: Arc<Mutex<Vec<Repaired>>>,
     abort: CancellationToken,
 ) -> Result<(), ArchiveError> {
     let mut running: FuturesUnordered<_> = repairs
@@ -391,13 +402,10 @@ async fn run_repairs(
                 tokio::select! {
                     biased;
                     () = left => Ok(()),
-                    repaired = repair.run() => {
-                        if repaired.is_ok() {
-                            absences.handle_whole(index);
-                            done.lock().expect("no holder panics").push(index);
-                        }
-                        repaired
-                    }
+                    repaired = repair.run() => repaired.map(|others| {
+                        absences.handle_whole(index);
+                        done.lock().expect("no holder panics").push((index, others));
+                    }),
                 }
             }
         })

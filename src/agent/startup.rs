@@ -236,15 +236,19 @@ pub fn plan_start(
         in_recovery: server.in_recovery,
     };
     let mut lost_wal = None;
+    let mut forked_at = None;
     let frontier = match resume::plan(&position, &frontiers)? {
         Plan::Continue(frontier) => frontier,
         Plan::Begin => begin(file, server),
         Plan::Branch { child, fork, parent, lost } => {
             lost_wal = lost.map(|(from, to)| (parent, child, from, to));
+            forked_at = Some(fork);
             let (carry, record_end) = state_before(&server.history, parent, size.floor(fork), size, repositories);
             resume::child_frontier(child, fork, size, carry, record_end)
         }
     };
+    let held_to = forked_at.unwrap_or(frontier.segment_start);
+    let frontier = resume::passing_empty(frontier, held_to, &server.history, size);
     let mut own = Vec::with_capacity(repositories.len());
     let mut contiguous_from = Vec::with_capacity(repositories.len());
     let mut frontier = Frontier { tails: Vec::new(), ..frontier };
@@ -359,12 +363,8 @@ fn begin(file: &LineageFile, server: &Server) -> Frontier {
     if !server.history.contains(file.start_timeline) || start > server.identity.flush_lsn {
         return current;
     }
-    let mut timeline = file.start_timeline;
-    // It may have ended before anything of it was archived.
-    while server.history.end_of(timeline).is_some_and(|end| end <= start) {
-        timeline = server.history.child_of(timeline).expect("a timeline that ended has a child");
-    }
-    Frontier::empty(timeline, start)
+    // That it may have ended before anything of it was archived is for `passing_empty`.
+    Frontier::empty(file.start_timeline, start)
 }
 
 /// What a timeline's state means for a writer that goes on with it.

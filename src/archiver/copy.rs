@@ -167,7 +167,7 @@ async fn copy_object(
             body.push(chunk);
         }
         check.finish(from)?;
-        return Ok(writer.retry(|| writer.archive.backend.put_new_with(to, &body, facts)).await?);
+        return Ok(writer.store(|| writer.archive.backend.put_new_with(to, &body, facts)).await?);
     }
     // A name that is taken is better known before all of it is fetched.
     if writer.retry(|| writer.archive.backend.stat(to)).await?.is_some() {

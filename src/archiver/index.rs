@@ -23,7 +23,7 @@ pub async fn put_index(
     let file = IndexFile { schema: 1, segment_size, entries: entries.to_vec() };
     let body = [Bytes::from(serde_json::to_vec(&file).expect("an index file is plain data"))];
     let key = writer.archive.lineage.index(name);
-    match writer.retry(|| writer.archive.backend.put_new(&key, &body)).await {
+    match writer.store(|| writer.archive.backend.put_new(&key, &body)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
             let stored = writer.retry(|| writer.archive.read_index(name, segment_size)).await?;
             match disagreement(&stored.entries, entries) {

@@ -13,7 +13,7 @@ use super::compare::{self, Finding, Ours};
 use super::segment::{OpenUpload, Segment, SharedUpload, upload_gone};
 use super::tail::TailPlan;
 use super::workers::Workers;
-use super::writer::{ArchiveError, Delays, Writer, is_answer};
+use super::writer::{ArchiveError, Writer, is_answer};
 use crate::catalog::index::{Crc32, IndexEntry};
 use crate::catalog::store::StoredObject;
 use crate::codec::Form;
@@ -136,14 +136,14 @@ async fn store_from_memory(
         true => None,
         false => announce(writer, name, raw_crc32).await?,
     };
-    let mut delays = Delays::new();
+    let mut attempts = writer.storing();
     while segment.is_in_memory() {
         let (pieces, recipients) = (segment.clone().into_held(), archive.keys.recipients.as_ref());
         let body = Body::new(pieces, recipients, &making.workers, &making.memory).await?;
         let (stored_bytes, stored_crc32) = (body.stored_bytes, body.stored_crc32);
         let ours = StoredObject { stored_bytes, stored_crc32, raw_crc32: Some(raw_crc32) };
         let facts = body.facts(archive.form(), raw_crc32);
-        match writer.call_once(archive.backend.put_new_with(&key, &body.parts, &facts)).await {
+        match attempts.call(archive.backend.put_new_with(&key, &body.parts, &facts)).await {
             Ok(()) => return Ok(Some((ours, marker))),
             // Our own success whose answer was lost, or a stranger's object: the content decides.
             Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => {
@@ -153,7 +153,7 @@ async fn store_from_memory(
             }
             Err(ArchiveError::Store(error)) if !is_answer(&error) => {
                 drop(body);
-                writer.wait(&mut delays).await?;
+                attempts.wait().await?;
             }
             Err(error) => return Err(error),
         }
@@ -249,7 +249,7 @@ async fn keep_conflict(
     let form = writer.archive.form();
     let key = writer.archive.lineage.conflict(name, raw_crc32, form);
     let facts = body.facts(form, raw_crc32);
-    match writer.retry(|| writer.archive.backend.put_new_with(&key, &body.parts, &facts)).await {
+    match writer.store(|| writer.archive.backend.put_new_with(&key, &body.parts, &facts)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
         kept => kept,
     }
@@ -280,7 +280,7 @@ pub async fn push_tail(
     writer.confirm_epoch(first_of_segment).await?;
     let archive = &writer.archive;
     let recipients = archive.keys.recipients.as_ref();
-    let mut delays = Delays::new();
+    let mut attempts = writer.storing();
     loop {
         // Put together for each attempt: between two nothing is held, so that memory can be freed meanwhile.
         let parts = writer.load(segment.parts(plan.from, plan.to, &cut, &making.workers)).await?;
@@ -294,12 +294,12 @@ pub async fn push_tail(
             form: archive.form(),
         };
         let (key, facts) = (archive.lineage.tail(name, &tail), body.facts(tail.form, tail.raw_crc32));
-        let put = writer.call_once(archive.backend.put_new_with(&key, &body.parts, &facts)).await;
+        let put = attempts.call(archive.backend.put_new_with(&key, &body.parts, &facts)).await;
         drop(body);
         match put {
             // The name holds range and CRC: an object of this name is this tail, stored by a call whose answer was lost.
             Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => return Ok(tail),
-            Err(ArchiveError::Store(error)) if !is_answer(&error) => writer.wait(&mut delays).await?,
+            Err(ArchiveError::Store(error)) if !is_answer(&error) => attempts.wait().await?,
             stored => return stored.map(|()| tail),
         }
     }

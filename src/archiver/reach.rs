@@ -98,8 +98,8 @@ struct State {
 
 impl State {
     fn new(run_from: Lsn, run: Stored, contiguous: Stored) -> State {
-        let mut state = State { contiguous, run_from, run };
-        state.join();
+        let mut state = State { contiguous: Stored::default(), run_from, run };
+        state.handle_repaired(contiguous);
         state
     }
 
@@ -140,6 +140,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn stored(record_end: u64, bytes_end: u64) -> Stored {
         Stored { record_end: Lsn(record_end), bytes_end: Lsn(bytes_end) }
@@ -170,6 +171,60 @@ mod tests {
         let mut state = State::new(Lsn(300), stored(290, 300), stored(0, 0));
         state.handle_repaired(stored(350, 350));
         assert_eq!(state.contiguous, stored(290, 300));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// The run holds more: record and bytes, where the stream is proven up to that record.
+        Run(u64, u64),
+        Repaired(u64, u64),
+        Whole,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            (0u64..60, 0u64..9).prop_map(|(record, bytes)| Step::Run(record, bytes)),
+            (0u64..900, 0u64..900).prop_map(|(record, bytes)| Step::Repaired(record.min(bytes), bytes)),
+            Just(Step::Whole),
+        ]
+    }
+
+    proptest! {
+        /// Where the run ends is proven before it is stored, and a stream begins proven where its run does: what counts
+        /// of a repository is proven, whatever was known of it, and what a repair says.
+        #[test]
+        fn no_record_end_counts_beyond_the_runs_that_are_not_proven(
+            (run_record, run_tail) in (0u64..=300, 0u64..50),
+            (known_record, known_bytes) in (0u64..900, 0u64..900),
+            steps in prop::collection::vec(step(), 0..20),
+        ) {
+            let from = Lsn(300);
+            // Of a run without a tail the record end lies before it; a tail ends with its record.
+            let run = if run_tail == 0 { stored(run_record, 300) } else { stored(300 + run_tail, 300 + run_tail) };
+            let mut state = State::new(from, run, stored(known_record.min(known_bytes), known_bytes));
+            let mut before = Stored::default();
+            let sound = |state: &State, before: Stored| {
+                let Stored { record_end, bytes_end } = state.contiguous;
+                record_end <= bytes_end
+                    && record_end <= state.run.record_end.max(from)
+                    && bytes_end <= state.run.bytes_end
+                    && record_end >= before.record_end && bytes_end >= before.bytes_end
+            };
+            prop_assert!(sound(&state, before), "{state:?}");
+            for step in steps {
+                before = state.contiguous;
+                match step {
+                    Step::Run(record, bytes) => {
+                        let record_end = state.run.record_end + record;
+                        let bytes_end = (record_end + bytes).max(state.run.bytes_end);
+                        state.handle_run(Stored { record_end, bytes_end });
+                    }
+                    Step::Repaired(record, bytes) => state.handle_repaired(stored(record, bytes)),
+                    Step::Whole => state.handle_whole(),
+                }
+                prop_assert!(sound(&state, before), "{state:?} after {before:?}");
+            }
+        }
     }
 
     #[test]

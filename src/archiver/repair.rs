@@ -76,13 +76,16 @@ enum Round {
 }
 
 impl Repair {
-    /// Ends when nothing is missing any more; fails only with what stops the cluster.
-    pub async fn run(self) -> Result<(), ArchiveError> {
+    /// Ends when nothing is missing any more of what others hold, and says who they are (by their places in the
+    /// configuration); fails only with what stops the cluster.
+    pub async fn run(self) -> Result<Vec<usize>, ArchiveError> {
         let mut delays = Delays::new();
         let mut has_said_lacking = false;
         loop {
-            match self.round().await {
-                Ok(Round::Whole) => return Ok(()),
+            let sources: Vec<&Source> =
+                self.sources.iter().filter(|source| !self.outlets.is_gone(source.repository)).collect();
+            match self.round(&sources).await {
+                Ok(Round::Whole) => return Ok(sources.iter().map(|source| source.repository).collect()),
                 Ok(Round::Lacking) => {
                     if !has_said_lacking {
                         has_said_lacking = true;
@@ -107,14 +110,12 @@ impl Repair {
         }
     }
 
-    async fn round(&self) -> Result<Round, Trouble> {
-        let sources: Vec<&Source> =
-            self.sources.iter().filter(|source| !self.outlets.is_gone(source.repository)).collect();
-        let mut walk = Walk::begin(self, &sources).await?;
-        for directory in walk.directories(&sources).await? {
-            walk.pass(directory, &sources).await?;
+    async fn round(&self, sources: &[&Source]) -> Result<Round, Trouble> {
+        let mut walk = Walk::begin(self, sources).await?;
+        for directory in walk.directories(sources).await? {
+            walk.pass(directory, sources).await?;
         }
-        walk.finish(&sources).await
+        walk.finish(sources).await
     }
 
     /// What lies above is the archiver's.
@@ -192,7 +193,7 @@ impl<'a> Walk<'a> {
             let (histories, theirs) = copy::ask(source.archive.wal_listing()).await?;
             for timeline in histories.into_iter().filter(|timeline| !known.contains(timeline)) {
                 if let Some((content, _)) = copy::ask(source.archive.history(timeline)).await? {
-                    writer.retry(|| self.target.put_history(timeline, &content)).await?;
+                    writer.store(|| self.target.put_history(timeline, &content)).await?;
                 }
             }
             directories.extend(theirs);
@@ -500,7 +501,7 @@ async fn copy_facts(repair: &Repair, ledger: &mut Vec<LedgerFact>, theirs: Vec<L
 async fn append(writer: &Writer, fact: &LedgerFact) -> Result<(), Trouble> {
     use crate::repository::StoreErrorKind;
     let distinct = crc32fast::hash(&serde_json::to_vec(fact).expect("a fact is plain data"));
-    match writer.retry(|| writer.archive.append_ledger(fact, distinct)).await {
+    match writer.store(|| writer.archive.append_ledger(fact, distinct)).await {
         Err(ArchiveError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(()),
         other => Ok(other?),
     }

@@ -34,6 +34,8 @@ use crate::wal::{Lsn, SegmentSize, TimelineId};
 const BATCH_BYTES: u64 = 8 << 20;
 /// After a failure the disk is left alone for this long.
 const RETRY_AFTER: Duration = Duration::from_secs(5);
+/// Files that were still being read when they became superfluous are looked at again this often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 /// A disk that has not taken a batch for this long is not waited for: the repositories may be faster.
 const STUCK_AFTER: Duration = Duration::from_secs(10);
 
@@ -79,6 +81,8 @@ pub struct Spooling {
     files: BTreeMap<Lsn, Vec<Arc<RunFile>>>,
     is_spilling: bool,
     retry_at: Option<Instant>,
+    /// Nothing else may happen that would bring the next look at them: a server can be idle for hours.
+    sweep_at: Option<Instant>,
 }
 
 /// What is to be written.
@@ -145,6 +149,7 @@ impl Spooling {
             files: BTreeMap::new(),
             is_spilling: false,
             retry_at: None,
+            sweep_at: None,
         }
     }
 
@@ -162,6 +167,7 @@ impl Spooling {
             }
             let retry_at = self.retry_at.unwrap_or_else(Instant::now);
             let stuck_at = self.stuck_at.unwrap_or_else(Instant::now);
+            let sweep_at = self.sweep_at.unwrap_or_else(Instant::now);
             tokio::select! {
                 biased;
                 batch = async { writing.as_mut().expect("checked: there is one").await }, if writing.is_some() => {
@@ -178,6 +184,7 @@ impl Spooling {
                     self.sweep();
                 }
                 () = tokio::time::sleep_until(retry_at), if self.retry_at.is_some() => self.retry_at = None,
+                () = tokio::time::sleep_until(sweep_at), if self.sweep_at.is_some() => self.sweep(),
                 () = tokio::time::sleep_until(stuck_at), if self.stuck_at.is_some() => {
                     self.stuck_at = None;
                     self.say(format!("its disk has not taken a write for {STUCK_AFTER:?}"), None);
@@ -471,7 +478,11 @@ impl Spooling {
         while self.unspooled.front().is_some_and(|frame| frame.strong_count() == 0) {
             self.unspooled.pop_front();
         }
-        // The file that is being appended to is the writer's, too: it stays until the next segment's takes its place.
+        // While a batch is being written the file it goes to has a reader: the batch's end brings the next look.
+        if let Some(writer) = &mut self.writer {
+            writer.close_up_to(reached);
+        }
+        self.sweep_at = None;
         let stored: Vec<Lsn> = self.files.range(..=reached).map(|(&end, _)| end).collect();
         for end in stored {
             let files = self.files.remove(&end).unwrap_or_default();
@@ -479,6 +490,7 @@ impl Spooling {
             unread.iter().for_each(|file| self.remove(file));
             if !read.is_empty() {
                 self.files.insert(end, read);
+                self.sweep_at = Some(Instant::now() + SWEEP_INTERVAL);
             }
         }
         self.publish();
@@ -540,9 +552,12 @@ fn write(mut writer: RunWriter, entries: Vec<Entry>, synced: Option<Stored>, enc
     if appended.is_ok() && synced.is_some() {
         appended = batch.writer.sync();
     }
-    if let Err(error) = appended {
-        batch.writer.give_up();
-        batch.failure = Some((error, entries));
+    match appended {
+        Ok(()) => batch.writer.end_batch(),
+        Err(error) => {
+            batch.writer.give_up();
+            batch.failure = Some((error, entries));
+        }
     }
     batch
 }
@@ -590,3 +605,6 @@ fn append(batch: &mut Batch, entry: &Entry, encoder: &mut Encoder) -> Result<(),
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -90,26 +90,54 @@ impl Advice for ArchiveError {
 }
 
 /// How the store is doing, for `status` and the log: the last failure while it lasts.
+///
+/// A store can answer and yet take nothing: a full disk is listed and read, and makes empty files. So a failure ends
+/// when something was stored, or when the very call that failed is answered.
 #[derive(Clone, Debug, Default)]
-pub struct StoreHealth(Arc<Mutex<Option<StoreError>>>);
+pub struct StoreHealth(Arc<Mutex<Option<Failing>>>);
+
+#[derive(Clone, Debug)]
+struct Failing {
+    error: StoreError,
+    /// Something could not be stored.
+    of_store: bool,
+}
+
+/// What a call's success says about the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Says {
+    /// It takes WAL: an object is there now.
+    Takes,
+    /// It answers this call.
+    Answers,
+}
 
 impl StoreHealth {
     /// What the store refused last, while it does.
     pub fn failure(&self) -> Option<StoreError> {
-        self.0.lock().expect("no holder panics").clone()
+        self.0.lock().expect("no holder panics").as_ref().map(|failing| failing.error.clone())
     }
 
     /// Says it once when it begins, or when its kind changes.
-    fn handle_failure(&self, error: &StoreError) {
-        let mut failure = self.0.lock().expect("no holder panics");
-        if failure.as_ref().map(|before| before.kind) != Some(error.kind) {
+    fn handle_failure(&self, error: &StoreError, says: Says) {
+        let mut failing = self.0.lock().expect("no holder panics");
+        if failing.as_ref().map(|before| before.error.kind) != Some(error.kind) {
             tracing::warn!(%error, hint = error.hint(), "the repository does not take WAL; trying again");
         }
-        *failure = Some(error.clone());
+        let of_store = says == Says::Takes || failing.as_ref().is_some_and(|before| before.of_store);
+        *failing = Some(Failing { error: error.clone(), of_store });
     }
 
-    fn handle_success(&self) {
-        if self.0.lock().expect("no holder panics").take().is_some() {
+    /// A call that `says` so much was answered, after it `had_failed` itself.
+    fn handle_answer(&self, says: Says, succeeded: bool, had_failed: bool) {
+        let mut failing = self.0.lock().expect("no holder panics");
+        let Some(before) = failing.as_ref() else { return };
+        let ends = match says {
+            Says::Takes => succeeded || had_failed,
+            Says::Answers => had_failed && !before.of_store,
+        };
+        if ends {
+            *failing = None;
             tracing::info!("the repository takes WAL again");
         }
     }
@@ -158,19 +186,21 @@ impl Writer {
         Ok(())
     }
 
-    /// One call, with a deadline, given up when the writer is stopped. For what cannot be repeated: a part of an
-    /// upload.
+    /// A call that stores something once it succeeds, to be repeated by the caller.
+    pub fn storing(&self) -> Attempts<'_> {
+        Attempts { writer: self, says: Says::Takes, delays: Delays::new(), has_failed: false }
+    }
+
+    fn asking(&self) -> Attempts<'_> {
+        Attempts { says: Says::Answers, ..self.storing() }
+    }
+
+    /// One call that is not repeated, with a deadline.
     pub async fn call_once<T, E: Into<ArchiveError>>(
         &self,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, ArchiveError> {
-        let result = self.load(call).await;
-        match &result {
-            Ok(_) => self.health.handle_success(),
-            Err(ArchiveError::Store(error)) if !is_answer(error) => self.health.handle_failure(error),
-            Err(_) => {}
-        }
-        result
+        self.asking().call(call).await
     }
 
     /// As [`Writer::call_once`], for bytes that are here: it says nothing about the store.
@@ -201,21 +231,25 @@ impl Writer {
         E: Into<ArchiveError>,
         F: Future<Output = Result<T, E>>,
     {
-        let mut delays = Delays::new();
-        loop {
-            match self.call_once(call()).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
-                answer => return answer,
-            }
-        }
+        self.asking().repeat(call).await
     }
 
-    /// Appends a part to an upload, as often as it takes; an empty part is nothing.
+    /// As [`Writer::retry`], for a call that stores an object.
+    pub async fn store<T, E, F>(&self, call: impl Fn() -> F) -> Result<T, ArchiveError>
+    where
+        E: Into<ArchiveError>,
+        F: Future<Output = Result<T, E>>,
+    {
+        self.storing().repeat(call).await
+    }
+
+    /// Appends a part to an upload, as often as it takes; an empty part is nothing. A small one may only have been
+    /// gathered: that it was taken says nothing yet.
     pub async fn append(&self, upload: &mut dyn Upload, part: &Bytes) -> Result<(), ArchiveError> {
-        let mut delays = Delays::new();
+        let mut attempts = self.asking();
         while !part.is_empty() {
-            match self.call_once(upload.append(part.clone())).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
+            match attempts.call(upload.append(part.clone())).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => attempts.wait().await?,
                 appended => return appended,
             }
         }
@@ -224,10 +258,10 @@ impl Writer {
 
     /// Gives an upload its name, as often as it takes.
     pub async fn complete(&self, upload: &mut dyn Upload) -> Result<(), ArchiveError> {
-        let mut delays = Delays::new();
+        let mut attempts = self.storing();
         loop {
-            match self.call_once(upload.complete()).await {
-                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait(&mut delays).await?,
+            match attempts.call(upload.complete()).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => attempts.wait().await?,
                 completed => return completed,
             }
         }
@@ -241,6 +275,53 @@ impl Writer {
             biased;
             () = self.stop.cancelled() => Err(ArchiveError::Stopped),
             () = tokio::time::sleep(delay) => Ok(()),
+        }
+    }
+}
+
+/// One call to the store, however often it is made.
+#[derive(Debug)]
+pub struct Attempts<'a> {
+    writer: &'a Writer,
+    says: Says,
+    delays: Delays,
+    has_failed: bool,
+}
+
+impl Attempts<'_> {
+    /// Makes it once, with a deadline; given up when the writer is stopped. What comes of it is said of the store.
+    pub async fn call<T, E: Into<ArchiveError>>(
+        &mut self,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, ArchiveError> {
+        let result = self.writer.load(call).await;
+        let health = &self.writer.health;
+        match &result {
+            Err(ArchiveError::Store(error)) if !is_answer(error) => {
+                self.has_failed = true;
+                health.handle_failure(error, self.says);
+            }
+            Err(ArchiveError::Stopped) => {}
+            answered => health.handle_answer(self.says, answered.is_ok(), std::mem::take(&mut self.has_failed)),
+        }
+        result
+    }
+
+    /// Waits before the next attempt, unless the writer is stopped.
+    pub async fn wait(&mut self) -> Result<(), ArchiveError> {
+        self.writer.wait(&mut self.delays).await
+    }
+
+    async fn repeat<T, E, F>(mut self, call: impl Fn() -> F) -> Result<T, ArchiveError>
+    where
+        E: Into<ArchiveError>,
+        F: Future<Output = Result<T, E>>,
+    {
+        loop {
+            match self.call(call()).await {
+                Err(ArchiveError::Store(error)) if !is_answer(&error) => self.wait().await?,
+                answer => return answer,
+            }
         }
     }
 }
@@ -263,4 +344,69 @@ impl Delays {
 pub fn is_answer(error: &StoreError) -> bool {
     use StoreErrorKind::*;
     matches!(error.kind, AlreadyExists | NotFound | Corrupt | Unsupported | SourceLost)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::layout::Lineage;
+    use crate::testkit::store::MemoryStore;
+    use crate::wal::SystemId;
+
+    fn writer() -> Writer {
+        let archive = Archive::new(Arc::new(MemoryStore::default()), Lineage::new("main", SystemId(7), 1));
+        Writer::new(archive, Epoch(1), StoreHealth::default(), CancellationToken::new())
+    }
+
+    fn refusal(kind: StoreErrorKind) -> Result<(), StoreError> {
+        Err(StoreError::new(kind, "store", "an object", "the test says so"))
+    }
+
+    async fn make(attempts: &mut Attempts<'_>, answer: Result<(), StoreError>) {
+        let _ = attempts.call(async { answer }).await;
+    }
+
+    #[tokio::test]
+    async fn a_store_that_answers_questions_does_not_take_wal_again() {
+        let writer = writer();
+        let mut put = writer.storing();
+        make(&mut put, refusal(StoreErrorKind::NoSpace)).await;
+        // Other calls succeed, among them one that had failed itself.
+        let mut list = writer.asking();
+        make(&mut list, refusal(StoreErrorKind::Unavailable)).await;
+        make(&mut list, Ok(())).await;
+        writer.retry(|| async { Ok::<_, StoreError>(()) }).await.unwrap();
+        writer.call_once(async { Ok::<_, StoreError>(()) }).await.unwrap();
+        assert!(writer.health.failure().is_some());
+        make(&mut put, Ok(())).await;
+        assert!(writer.health.failure().is_none());
+    }
+
+    #[tokio::test]
+    async fn another_object_stored_ends_it() {
+        let writer = writer();
+        make(&mut writer.storing(), refusal(StoreErrorKind::Unavailable)).await;
+        writer.store(|| async { Ok::<_, StoreError>(()) }).await.unwrap();
+        assert!(writer.health.failure().is_none());
+    }
+
+    #[tokio::test]
+    async fn the_call_that_failed_ends_it_by_any_answer() {
+        let writer = writer();
+        for (mut attempts, answer) in [
+            (writer.asking(), Ok(())),
+            (writer.asking(), refusal(StoreErrorKind::NotFound)),
+            // Stored by the call whose answer was lost; on a quiet server nothing else follows.
+            (writer.storing(), refusal(StoreErrorKind::AlreadyExists)),
+        ] {
+            make(&mut attempts, refusal(StoreErrorKind::Unavailable)).await;
+            assert!(writer.health.failure().is_some());
+            make(&mut attempts, answer).await;
+            assert!(writer.health.failure().is_none());
+        }
+        // A name that is taken says nothing of another call's failure.
+        make(&mut writer.storing(), refusal(StoreErrorKind::NoSpace)).await;
+        make(&mut writer.storing(), refusal(StoreErrorKind::AlreadyExists)).await;
+        assert!(writer.health.failure().is_some());
+    }
 }

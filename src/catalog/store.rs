@@ -709,6 +709,8 @@ fn index_fault(file: &IndexFile, name: IndexName, directory: WalDirectory, size:
             && (name.first..=name.last).contains(&entry.segment)
             && span == Some(entry.start_lsn..entry.end_lsn)
             && entry.raw_bytes == size.bytes()
+            // A writer goes on from there: beyond the segment it would be called durable without being proven.
+            && [entry.summary.record_end, entry.summary.carry.record_end].iter().flatten().all(|end| *end <= entry.end_lsn)
     };
     if file.entries.is_empty() {
         return Some("it has no entries".to_string());
@@ -742,7 +744,20 @@ fn parse_json<T: DeserializeOwned>(backend: &dyn Backend, key: &Key, body: &[u8]
 /// A whole object of at most `limit` bytes; `None` when the store answers that there is none.
 async fn fetch_whole(backend: &dyn Backend, key: &Key, limit: u64) -> Result<Option<Bytes>, CatalogError> {
     let Some(bytes) = backend.stat(key).await? else { return Ok(None) };
-    fetch_sized(backend, key, bytes, limit).await.map(Some)
+    let is_about_content = |error: &CatalogError| match error {
+        CatalogError::Damaged { .. } => true,
+        CatalogError::Store(error) => matches!(error.kind, StoreErrorKind::Corrupt | StoreErrorKind::NotFound),
+        _ => false,
+    };
+    match fetch_sized(backend, key, bytes, limit).await {
+        // A repository that was emptied and made anew between the two calls is not a damaged one.
+        Err(error) if is_about_content(&error) => match backend.stat(key).await? {
+            Some(now) if now == bytes => Err(error),
+            Some(now) => fetch_sized(backend, key, now, limit).await.map(Some),
+            None => Ok(None),
+        },
+        fetched => fetched.map(Some),
+    }
 }
 
 async fn fetch_sized(backend: &dyn Backend, key: &Key, bytes: u64, limit: u64) -> Result<Bytes, CatalogError> {

@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use jiff::Timestamp;
 
-use crate::config::{Flags, parse_duration};
+use crate::config::{Flags, label_fault, parse_duration, parse_size};
+use crate::restore::marker::RestoreId;
 use crate::telemetry::{LogFormat, Verbosity};
-use crate::wal::{Lsn, TimelineId};
+use crate::wal::{Lsn, SegmentName, TimelineId};
 
 const AFTER_HELP: &str = "\
 Without --config the configuration is SEAWALL_CONFIG, seawall.toml, or /etc/seawall/seawall.toml, whichever comes first;
@@ -103,8 +105,20 @@ pub enum Command {
     Check(CheckArgs),
     /// Per cluster one line that is true: state, loss if the server burned now, slot, gaps
     Status(StatusArgs),
+    /// Take a base backup now, beside the agent that streams
+    Backup(BackupArgs),
+    /// The backups there are
+    List(ListArgs),
+    /// Keep a backup, whatever retention says
+    Pin(PinArgs),
+    /// Leave a backup to retention again
+    Unpin(PinArgs),
     /// Every hole in the archive; exit code 1 when one is open
     Gaps(GapsArgs),
+    /// What can be restored, to the commit; exit code 1 when nothing can
+    Window(WindowArgs),
+    /// When did it happen: dropped and truncated relations, restore points; each with the restore that stops before it
+    Find(FindArgs),
     /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
     WalGet(WalGetArgs),
 }
@@ -113,7 +127,7 @@ impl Command {
     /// The agent tells what it does; the others speak when something is wrong.
     pub fn base_verbosity(&self) -> Verbosity {
         match self {
-            Command::Run(_) => Verbosity::Info,
+            Command::Run(_) | Command::Backup(_) => Verbosity::Info,
             _ => Verbosity::Warn,
         }
     }
@@ -157,11 +171,62 @@ pub struct CheckArgs {}
 #[derive(Args, Debug)]
 pub struct StatusArgs {}
 
+/// WAL must be streaming to the archive meanwhile (`seawall run`): a backup is complete when the WAL that makes it
+/// consistent is archived too. While another process takes a backup of this cluster: exit code 75.
+#[derive(Args, Debug)]
+pub struct BackupArgs {
+    /// What kind; auto takes a full one
+    #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t)]
+    pub backup_type: BackupTypeArg,
+    /// A line of text to know it by
+    #[arg(long, value_name = "TEXT", value_parser = label)]
+    pub label: Option<String>,
+    /// While another backup is taken, wait until it is done
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BackupTypeArg {
+    #[default]
+    Auto,
+    Full,
+}
+
+#[derive(Args, Debug)]
+pub struct ListArgs {
+    /// Also those that failed or were interrupted
+    #[arg(long)]
+    pub all: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct PinArgs {
+    /// Its id, as `seawall list` shows it
+    pub backup: String,
+}
+
+#[derive(Args, Debug)]
+pub struct WindowArgs {}
+
 #[derive(Args, Debug)]
 pub struct GapsArgs {
     /// Also write the answer as a page
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
+}
+
+/// Reads the index; only the unfinished segment at the end is fetched (and needs identity_file where it is encrypted).
+/// Relations are shown as tablespace/database/file, as pg_relation_filepath() has them: DROP, TRUNCATE and whatever
+/// rewrites a table removes a file. Exit code 1 when something could not be looked into.
+#[derive(Args, Debug)]
+pub struct FindArgs {
+    /// From then on: 2026-11-22T11:00:00Z, '2026-11-22 12:00:00+01:00', or how long ago: 2h, 3d
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub since: Option<Timestamp>,
+    /// Up to then
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub until: Option<Timestamp>,
 }
 
 /// Exit codes: 0 delivered; 1 not in the archive, as the store has shown; 255 every error, so that PostgreSQL stops
@@ -170,24 +235,65 @@ pub struct GapsArgs {
 #[derive(Args, Debug)]
 pub struct WalGetArgs {
     /// %f: the name PostgreSQL asks for
-    pub name: String,
+    #[arg(required_unless_present_any = ["prefetch", "restore_end"])]
+    pub name: Option<String>,
     /// %p: where to put it
-    pub dest: PathBuf,
+    #[arg(required_unless_present_any = ["prefetch", "restore_end"])]
+    pub dest: Option<PathBuf>,
     /// A directory of the cluster in the repository: <system-id> or <system-id>-<n>
     #[arg(long, value_name = "NAME")]
     pub lineage: Option<String>,
     /// This timeline whole, as pg_rewind needs it; otherwise the path to the newest one
     #[arg(long, value_name = "N", value_parser = timeline)]
     pub timeline: Option<TimelineId>,
+    /// The restore whose recovery this is: its lineage, path and end count, and WAL is fetched ahead of replay
+    #[arg(long, value_name = "ID", conflicts_with_all = ["lineage", "timeline"])]
+    pub restore: Option<RestoreId>,
+    /// How much WAL is fetched ahead; 0: none
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = size)]
+    pub ahead: u64,
+    /// The recovery_end_command: removes what the restore of this ID left in the data directory, lifts its pin
+    #[arg(long, value_name = "ID", conflicts_with_all = ["restore", "lineage", "timeline", "name"])]
+    pub restore_end: Option<RestoreId>,
+    /// Fetch ahead until nobody needs it: what `wal-get` starts
+    #[arg(long, hide = true, requires = "restore", conflicts_with = "name")]
+    pub prefetch: bool,
+    /// What was asked for when it was started
+    #[arg(long, hide = true, value_name = "SEGMENT", requires = "prefetch")]
+    pub from: Option<SegmentName>,
     /// How long an unavailable store is asked again
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
     pub patience: Duration,
+}
+
+fn label(text: &str) -> Result<String, String> {
+    match label_fault(text) {
+        None => Ok(text.to_string()),
+        Some(expected) => Err(format!("expected {expected}")),
+    }
 }
 
 fn timeline(text: &str) -> Result<TimelineId, String> {
     match text.parse() {
         Ok(0) | Err(_) => Err("expected a timeline in decimal, 1 or more".to_string()),
         Ok(number) => Ok(TimelineId(number)),
+    }
+}
+
+fn moment(text: &str) -> Result<Timestamp, String> {
+    let ago = || {
+        let span: jiff::SignedDuration = text.trim_end_matches(" ago").parse().ok()?;
+        Timestamp::now().checked_sub(span.abs()).ok()
+    };
+    text.parse().ok().or_else(ago).ok_or_else(|| {
+        "expected a time with its zone, such as 2026-11-22T11:00:00Z, or how long ago, such as 2h".to_string()
+    })
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    match text {
+        "0" => Ok(0),
+        text => parse_size(text).ok_or_else(|| "expected a size such as 256MiB, or 0".to_string()),
     }
 }
 

@@ -6,18 +6,24 @@
 //! Data goes to standard output, words to standard error.
 
 mod args;
+mod backup;
 mod check;
 mod demo;
+mod find;
 mod gaps;
 mod init;
 mod keys;
+mod list;
 mod output;
+mod pin;
 mod repositories;
+mod restorable;
 mod run;
 mod server;
 mod setup;
 mod status;
 mod wal_get;
+mod window;
 
 use std::ffi::OsString;
 use std::process;
@@ -41,18 +47,65 @@ pub enum Verdict {
     Finding,
 }
 
+impl Verdict {
+    fn code(self) -> u8 {
+        match self {
+            Verdict::Fine => ExitCode::Success as u8,
+            Verdict::Finding => ExitCode::Finding as u8,
+        }
+    }
+}
+
 /// Runs the command line and says what the process ends with.
 pub fn main(arguments: Vec<OsString>) -> process::ExitCode {
-    let is_restore_command = arguments.iter().any(|argument| argument == WAL_GET);
-    end_on_panic(if is_restore_command { ERROR_EXIT_CODE } else { ExitCode::Internal as u8 });
+    let contract = Contract::of(&arguments);
+    end_on_panic(contract.of_panic());
+    if contract == Contract::RestoreCommand
+        && let Some(verdict) = wal_get::at_once(&arguments)
+    {
+        return process::ExitCode::from(verdict.code());
+    }
     let (code, answers_wal_get) = match Cli::try_parse_from(&arguments) {
-        Ok(cli) => (run(&cli), matches!(cli.command, Command::WalGet(_))),
+        Ok(cli) => (run(&cli, contract), matches!(cli.command, Command::WalGet(_))),
         Err(error) => (explain_usage(&error, &arguments), false),
     };
-    process::ExitCode::from(match is_restore_command {
-        true => harmless(code, answers_wal_get, asks_for_wal(&arguments)),
-        false => code,
+    process::ExitCode::from(match contract {
+        Contract::RestoreCommand => harmless(code, answers_wal_get, asks_for_wal(&arguments)),
+        Contract::Helper => code.min(1),
+        Contract::RecoveryEndCommand | Contract::Documented => code,
     })
+}
+
+/// Who is told by the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contract {
+    /// PostgreSQL takes 1 to 125 for "end of WAL": `wal-get` wherever it stands.
+    RestoreCommand,
+    /// PostgreSQL warns, but for codes above 128, which stop it as a signal would.
+    RecoveryEndCommand,
+    /// A postmaster that is process 1 has it for a child, and takes all codes but 0 and 1 for a crash.
+    Helper,
+    /// People and scripts: the documented codes.
+    Documented,
+}
+
+impl Contract {
+    fn of(arguments: &[OsString]) -> Contract {
+        match arguments.iter().any(|argument| argument == WAL_GET) {
+            false => Contract::Documented,
+            true if wal_get::helper::is_helper(arguments) => Contract::Helper,
+            true if wal_get::helper::ends_restore(arguments) => Contract::RecoveryEndCommand,
+            true => Contract::RestoreCommand,
+        }
+    }
+
+    fn of_panic(self) -> u8 {
+        match self {
+            Contract::RestoreCommand => ERROR_EXIT_CODE,
+            Contract::Helper => ExitCode::Finding as u8,
+            Contract::RecoveryEndCommand | Contract::Documented => ExitCode::Internal as u8,
+        }
+    }
 }
 
 /// PostgreSQL takes 1 to 125 for "end of WAL" and promotes: only a proven absence may be 1. Neither may 0 be
@@ -83,7 +136,7 @@ fn end_on_panic(code: u8) {
     }));
 }
 
-fn run(cli: &Cli) -> u8 {
+fn run(cli: &Cli, contract: Contract) -> u8 {
     let global = &cli.global;
     telemetry::set_up(global.log_format.into(), global.verbosity(cli.command.base_verbosity()));
     let ended = match &cli.command {
@@ -92,16 +145,21 @@ fn run(cli: &Cli) -> u8 {
         Command::Init(args) => init::run(global, args),
         Command::Check(args) => check::run(global, args),
         Command::Status(args) => status::run(global, args),
+        Command::Backup(args) => backup::run(global, args),
+        Command::List(args) => list::run(global, args),
+        Command::Pin(args) => pin::run(global, args, pin::Word::Pin),
+        Command::Unpin(args) => pin::run(global, args, pin::Word::Unpin),
         Command::Gaps(args) => gaps::run(global, args),
+        Command::Window(args) => window::run(global, args),
+        Command::Find(args) => find::run(global, args),
         Command::WalGet(args) => wal_get::run(global, args),
     };
     match ended {
-        Ok(Verdict::Fine) => ExitCode::Success as u8,
-        Ok(Verdict::Finding) => ExitCode::Finding as u8,
+        Ok(verdict) => verdict.code(),
         Err(failure) => {
             // `wal-get` has its own code for every error, and says that one.
-            let code = match cli.command {
-                Command::WalGet(_) => ERROR_EXIT_CODE,
+            let code = match contract {
+                Contract::RestoreCommand => ERROR_EXIT_CODE,
                 _ => failure.exit_code as u8,
             };
             output::failure(&failure, code, global.log_format.into(), global.json);

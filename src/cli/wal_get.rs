@@ -1,6 +1,10 @@
-//! Owns: `wal-get`: which repositories, which keys and which lineage a `restore_command` is about.
-//! Does not own: what is delivered, absent or a hole (`restore/wal_get.rs`), the exit code's contract (`mod.rs`).
+//! Owns: `wal-get`: which repositories, which keys, which lineage and which restore a `restore_command` is about.
+//! Does not own: what is delivered, absent or a hole (`restore/wal_get.rs`), what is fetched ahead (`restore/prefetch`),
+//! the process that does it (`wal_get/helper.rs`), the exit code's contract (`mod.rs`).
 
+pub mod helper;
+
+use std::ffi::OsString;
 use std::future::Future;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -15,34 +19,92 @@ use crate::catalog::store::Archive;
 use crate::config::{ArchiveConfig, RepositoryConfig};
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::repository::layout::Lineage;
+use crate::restore::marker::RestoreMarker;
+use crate::restore::prefetch::{self, Answer};
 use crate::restore::wal_get::{Holder, Outcome, PathChoice, WalGet, read_system_id};
 use crate::wal::SystemId;
 
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 pub fn run(global: &Global, args: &WalGetArgs) -> Result<Verdict, Failure> {
-    let archives = setup::archives(global)?;
-    let config = ArchiveConfig::choose(&archives, global.cluster.as_deref())?;
-    match setup::block_on(deliver(config, args))?? {
+    if let Some(id) = args.restore_end {
+        helper::end_restore(global, args, id);
+        return Ok(Verdict::Fine);
+    }
+    let marker = match args.restore {
+        Some(id) => RestoreMarker::read(Path::new("."))?.filter(|marker| marker.id == id),
+        None => None,
+    };
+    let config = config(global, marker.as_ref())?;
+    if args.prefetch {
+        return helper::run(&config, args, marker);
+    }
+    let (Some(name), Some(dest)) = (&args.name, &args.dest) else {
+        return Err(Failure::new(ExitCode::Usage, "a name and a destination are needed").hint("seawall wal-get %f %p"));
+    };
+    match (&marker, args.restore) {
+        (Some(marker), _) if args.ahead > 0 => helper::start(marker.id, name),
+        (None, Some(id)) => tracing::info!("restore {id} is over: the newest line of the archive is followed"),
+        _ => {}
+    }
+    match setup::block_on(deliver(&config, args, marker.as_ref(), name, dest))?? {
         Outcome::Delivered => Ok(Verdict::Fine),
         Outcome::Absent(absence) => {
-            tracing::info!(name = args.name, "not in the archive: {absence}");
+            tracing::info!(name, "not in the archive: {absence}");
             Ok(Verdict::Finding)
         }
     }
 }
 
-async fn deliver(config: &ArchiveConfig, args: &WalGetArgs) -> Result<Outcome, Failure> {
+/// What can be done without configuration, runtime or store: most requests of a recovery. `None`: all the rest.
+pub fn at_once(arguments: &[OsString]) -> Option<Verdict> {
+    let (name_at, id) = (helper::name_at(arguments)?, helper::restore_id(arguments)?);
+    let dest = Path::new(arguments.get(name_at + 1)?);
+    match prefetch::deliver(id, arguments[name_at].to_str()?, dest) {
+        Answer::Delivered => Some(Verdict::Fine),
+        Answer::Absent => Some(Verdict::Finding),
+        Answer::Direct | Answer::NoHelper => None,
+    }
+}
+
+fn config(global: &Global, marker: Option<&RestoreMarker>) -> Result<ArchiveConfig, Failure> {
+    let archives = setup::archives(global)?;
+    let cluster = global.cluster.as_deref().or(marker.map(|marker| marker.cluster.as_str()));
+    Ok(ArchiveConfig::choose(&archives, cluster)?.clone())
+}
+
+async fn deliver(
+    config: &ArchiveConfig,
+    args: &WalGetArgs,
+    marker: Option<&RestoreMarker>,
+    name: &str,
+    dest: &Path,
+) -> Result<Outcome, Failure> {
+    let wal_get = match marker {
+        Some(marker) => of_restore(config, marker)?,
+        None => {
+            let repositories = repositories::nearest_first(&config.repositories);
+            let lineage = patiently(args.patience, || lineage(&repositories, &config.cluster, args)).await?;
+            WalGet::new(holders(config, &lineage)?, args.timeline.map_or(PathChoice::Latest, PathChoice::Timeline))
+        }
+    };
+    Ok(WalGet { patience: args.patience, ..wal_get }.get(name, dest).await?)
+}
+
+/// What a restore has planned with.
+fn of_restore(config: &ArchiveConfig, marker: &RestoreMarker) -> Result<WalGet, Failure> {
+    let lineage = marker.lineage().expect("a marker that was read has one");
+    let wal_get = WalGet::new(holders(config, &lineage)?, prefetch::path_choice(marker));
+    Ok(WalGet { plan_end: marker.end_lsn, ..wal_get })
+}
+
+fn holders(config: &ArchiveConfig, lineage: &Lineage) -> Result<Vec<Holder>, Failure> {
     let keys = keys::reading(config.identity_file.as_deref())?;
-    let repositories = repositories::nearest_first(&config.repositories);
-    let lineage = patiently(args.patience, || lineage(&repositories, &config.cluster, args)).await?;
     let holder = |repository: &RepositoryConfig| Holder {
         repository: repository.name.clone(),
         archive: Archive::new(setup::backend(repository), lineage.clone()).with_keys(keys.clone()),
     };
-    let path = args.timeline.map_or(PathChoice::Latest, PathChoice::Timeline);
-    let wal_get = WalGet::new(repositories.iter().map(holder).collect(), path);
-    Ok(WalGet { patience: args.patience, ..wal_get }.get(&args.name, &args.dest).await?)
+    Ok(repositories::nearest_first(&config.repositories).iter().map(holder).collect())
 }
 
 /// Asks again while the store may answer in a moment.

@@ -18,6 +18,9 @@ const OUTPUT_BYTES: usize = 128 << 10;
 const MAGIC: [u8; 4] = 0xFD2F_B528_u32.to_le_bytes();
 /// Magic number and frame header descriptor.
 const HEADER_BYTES: usize = 5;
+/// A frame of nothing but zeros takes fewer stored bytes, one of anything else hardly ever.
+const ZERO_FRAME_BYTES_MAX: usize = 256;
+static ZEROS: [u8; OUTPUT_BYTES] = [0; OUTPUT_BYTES];
 
 #[derive(Debug, thiserror::Error)]
 pub enum DecodeError {
@@ -96,6 +99,31 @@ pub struct FrameDecoder {
     raw_bytes: u64,
     expected: u64,
     raw_crc32: crc32fast::Hasher,
+    /// The stored bytes of the current frame while they are few, and whether all it held so far are zeros.
+    current: Vec<u8>,
+    current_is_zeros: bool,
+    zeros: Option<ZeroFrame>,
+}
+
+/// A frame that was decoded, found intact, and held zeros only: the same bytes again are the same zeros. Of a nearly
+/// empty segment, all frames but the first are such.
+struct ZeroFrame {
+    stored: Vec<u8>,
+    raw_bytes: u64,
+    raw_crc32: crc32fast::Hasher,
+}
+
+impl ZeroFrame {
+    fn new(stored: &[u8], raw_bytes: u64) -> ZeroFrame {
+        let mut raw_crc32 = crc32fast::Hasher::new();
+        parts_of_zeros(raw_bytes).for_each(|part| raw_crc32.update(part));
+        ZeroFrame { stored: stored.to_vec(), raw_bytes, raw_crc32 }
+    }
+}
+
+fn parts_of_zeros(bytes: u64) -> impl Iterator<Item = &'static [u8]> {
+    let part = OUTPUT_BYTES as u64;
+    (0..bytes.div_ceil(part)).map(move |index| &ZEROS[..part.min(bytes - index * part) as usize])
 }
 
 impl std::fmt::Debug for FrameDecoder {
@@ -125,13 +153,18 @@ impl FrameDecoder {
             raw_bytes: 0,
             expected,
             raw_crc32: crc32fast::Hasher::new(),
+            current: Vec::with_capacity(ZERO_FRAME_BYTES_MAX),
+            current_is_zeros: true,
+            zeros: None,
         })
     }
 
     /// Takes the next stored bytes. After an error the decoder is of no more use, and so is what the sink got.
     pub fn feed(&mut self, mut input: &[u8], sink: &mut dyn FnMut(&[u8]) -> io::Result<()>) -> Result<(), DecodeError> {
         while !input.is_empty() {
-            if self.header_count < HEADER_BYTES {
+            if let Some(used) = self.take_zero_frame(input, sink)? {
+                input = &input[used..];
+            } else if self.header_count < HEADER_BYTES {
                 input = self.take_header(input);
                 if self.header_count == HEADER_BYTES {
                     self.check_header()?;
@@ -162,6 +195,8 @@ impl FrameDecoder {
         if self.header_count == 0 {
             self.frame_offset = self.stored_bytes;
             self.frame_raw_bytes = 0;
+            self.current.clear();
+            self.current_is_zeros = self.zeros.is_none();
         }
         let count = input.len().min(HEADER_BYTES - self.header_count);
         self.header[self.header_count..self.header_count + count].copy_from_slice(&input[..count]);
@@ -201,20 +236,54 @@ impl FrameDecoder {
             let full = produced == OUTPUT_BYTES;
             self.hand_over(produced, sink)?;
             if hint == 0 {
+                self.keep(&input[..source.pos()]);
                 self.end_frame()?;
                 break;
             }
             if source.pos() == input.len() && !full {
+                self.keep(input);
                 break;
             }
         }
         Ok(source.pos())
     }
 
+    /// Keeps the stored bytes of a frame that may be one of zeros.
+    fn keep(&mut self, stored: &[u8]) {
+        self.current_is_zeros &= self.current.len() + stored.len() <= ZERO_FRAME_BYTES_MAX;
+        if self.current_is_zeros {
+            self.current.extend_from_slice(stored);
+        }
+    }
+
+    /// Hands over what a frame holds that was met before; tells how many stored bytes it takes.
+    fn take_zero_frame(
+        &mut self,
+        input: &[u8],
+        sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+    ) -> Result<Option<usize>, DecodeError> {
+        let Some(zeros) = self.zeros.as_ref().filter(|_| self.header_count == 0) else { return Ok(None) };
+        // One too many is refused where all are.
+        if !input.starts_with(&zeros.stored) || self.raw_bytes + zeros.raw_bytes > self.expected {
+            return Ok(None);
+        }
+        let used = zeros.stored.len();
+        self.raw_crc32.combine(&zeros.raw_crc32);
+        self.raw_bytes += zeros.raw_bytes;
+        self.stored_bytes += used as u64;
+        for part in parts_of_zeros(zeros.raw_bytes) {
+            sink(part)?;
+        }
+        Ok(Some(used))
+    }
+
     /// The next byte begins another frame. A frame that held nothing is refused: any number of them would fit.
     fn end_frame(&mut self) -> Result<(), DecodeError> {
         if self.frame_raw_bytes == 0 {
             return Err(DecodeError::Refused { offset: self.frame_offset, fault: "holds nothing" });
+        }
+        if self.current_is_zeros {
+            self.zeros = Some(ZeroFrame::new(&self.current, self.frame_raw_bytes));
         }
         self.header_count = 0;
         Ok(())
@@ -226,8 +295,10 @@ impl FrameDecoder {
         if self.raw_bytes > self.expected {
             return Err(DecodeError::TooLong { expected: self.expected });
         }
-        self.raw_crc32.update(&self.output[..produced]);
-        Ok(sink(&self.output[..produced])?)
+        let raw = &self.output[..produced];
+        self.current_is_zeros = self.current_is_zeros && *raw == ZEROS[..produced];
+        self.raw_crc32.update(raw);
+        Ok(sink(raw)?)
     }
 }
 
@@ -297,6 +368,43 @@ mod tests {
             assert_eq!(decoder.finish().unwrap(), crc32fast::hash(&raw));
             assert!(found == raw, "step {step}");
         }
+    }
+
+    #[test]
+    fn zeros_met_before_are_told_by_their_stored_bytes() {
+        let mib = 1 << 20;
+        let raw = [sample(200_000), vec![0; 4 * mib - 200_000]].concat();
+        let mut frames: Vec<Vec<u8>> = raw.chunks(mib).map(|raw| frame(raw, true)).collect();
+        frames.insert(1, frame(&[0; 70_000], true));
+        let (stored, expected) = (frames.concat(), raw.len() + 70_000);
+        let read = |stored: &[u8], step: usize| {
+            let mut decoder = FrameDecoder::new(expected as u64)?;
+            let mut found = Vec::new();
+            for piece in stored.chunks(step) {
+                decoder.feed(piece, &mut |bytes: &[u8]| {
+                    found.extend_from_slice(bytes);
+                    Ok(())
+                })?;
+            }
+            Ok::<_, DecodeError>((decoder.finish()?, found))
+        };
+        let whole = [&raw[..mib], &[0; 70_000], &raw[mib..]].concat();
+        for step in [1, 20, 57, 1000, stored.len()] {
+            let (crc32, found) = read(&stored, step).unwrap();
+            assert!(found == whole && crc32 == crc32fast::hash(&whole), "step {step}");
+        }
+        let last = stored.len() - frames[4].len();
+        for bit in last * 8..stored.len() * 8 {
+            let mut damaged = stored.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            if let Ok((_, found)) = read(&damaged, stored.len()) {
+                assert!(found == whole, "bit {bit}");
+            }
+        }
+        let error = read(&[&stored[..], &frames[4]].concat(), usize::MAX).unwrap_err().to_string();
+        assert!(error.contains("follows the last one"), "{error}");
+        assert!(matches!(read(&stored[..last], usize::MAX), Err(DecodeError::TooShort { .. })));
+        assert!(matches!(read(&stored[..stored.len() - 1], usize::MAX), Err(DecodeError::Truncated { .. })));
     }
 
     #[test]

@@ -123,6 +123,25 @@ pub fn child_frontier(child: TimelineId, fork: Lsn, size: SegmentSize, carry: Ca
     Frontier { timeline: child, segment_start: size.floor(fork), carry, record_end, tails: Vec::new() }
 }
 
+/// Passes over timelines that end before a stream from `frontier` on could add anything of theirs to the archive: it
+/// would be asked for again and again. What is held already reaches to `held_to`. Such a timeline ends there (a server
+/// that crashed in its promotion leaves one without a record), or in the frontier's segment while nothing before that is
+/// known: then a record that crosses the segment's start may be all of it, and nobody could prove it. The child's own
+/// first segment repeats those bytes.
+pub fn passing_empty(frontier: Frontier, held_to: Lsn, path: &History, size: SegmentSize) -> Frontier {
+    let start = frontier.segment_start;
+    let Frontier { carry, tails, .. } = &frontier;
+    let is_unknown = carry.last_record.is_none() && carry.pending.is_none() && tails.is_empty() && held_to == start;
+    let is_empty = |end: Lsn| end <= held_to || is_unknown && size.floor(end) <= start;
+    let mut timeline = frontier.timeline;
+    while let (Some(end), Some(child)) = (path.end_of(timeline), path.child_of(timeline))
+        && is_empty(end)
+    {
+        timeline = child;
+    }
+    Frontier { timeline, ..frontier }
+}
+
 /// The server's bytes differ from what is stored under the same positions: another history of the same name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
@@ -264,6 +283,29 @@ mod tests {
         let restored = server(3, "1 0/340000 pitr\n", 9 * MIB);
         let Ok(Plan::Branch { child, lost, .. }) = plan(&restored, &lines) else { panic!() };
         assert_eq!((child, lost), (TimelineId(3), Some((Lsn(0x34_0000), Lsn(0x38_0000)))));
+    }
+
+    #[test]
+    fn a_timeline_of_which_nothing_could_be_stored_is_passed_over() {
+        let size = SegmentSize::new(MIB).unwrap();
+        let passed = |frontier: Frontier, held_to: u64, history: &str, timeline: u32| {
+            let path = History::parse(TimelineId(timeline), history.as_bytes()).unwrap();
+            passing_empty(frontier, Lsn(held_to), &path, size).timeline.0
+        };
+        let unknown = frontier(1, 3 * MIB, 0);
+        assert_eq!(passed(unknown.clone(), 3 * MIB, "1 0/380000 x\n", 2), 2);
+        assert_eq!(passed(unknown.clone(), 3 * MIB, "1 0/400000 x\n", 2), 1, "its first segment is whole");
+        assert_eq!(passed(unknown.clone(), 3 * MIB, "1 0/380000 x\n2 0/390000 x\n", 3), 3);
+        assert_eq!(passed(unknown, 3 * MIB, "", 1), 1);
+        // With a record known before it, or in it, the rest of it can be proven.
+        let mut known = frontier(1, 3 * MIB, 0);
+        known.carry.last_record = Some(Lsn(3 * MIB - 64));
+        assert_eq!(passed(known, 3 * MIB, "1 0/380000 x\n", 2), 1);
+        assert_eq!(passed(frontier(1, 3 * MIB, 3 * MIB + 800), 3 * MIB, "1 0/380000 x\n", 2), 1);
+        // Timeline 2 was begun and left at the same place: in a segment, and at its start.
+        assert_eq!(passed(frontier(2, 3 * MIB, 0), 0x38_0000, "1 0/380000 x\n2 0/380000 x\n", 3), 3);
+        assert_eq!(passed(frontier(2, 3 * MIB, 0), 0x38_0000, "1 0/380000 x\n2 0/380060 x\n", 3), 2);
+        assert_eq!(passed(frontier(2, 3 * MIB, 0), 3 * MIB, "1 0/300000 x\n2 0/300000 x\n", 3), 3);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //! Does not own: what the bytes mean (`framing`, `message`, `command`, `handshake`), when to send a status update,
 //! whether the WAL continues where it should. proto-notes/01-startup.md to 03-streaming.md.
 
+mod base_backup;
+
 use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
@@ -23,6 +25,8 @@ use super::message::{StatusUpdate, StreamDecoder, StreamItem};
 use super::tls::fault::TlsFault;
 use super::tls::{Dial, TlsFacts, Transport, tell_once};
 use super::{Login, SslMode};
+
+pub use base_backup::BackupWord;
 
 /// What START_REPLICATION came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +74,7 @@ enum State {
     /// Within a command; seen by the next one only if that future was dropped half-way.
     Busy,
     Streaming,
+    BaseBackup,
     /// The server ended the copy; it waits for our CopyDone.
     ServerDone,
     /// The server ended the stream with an error: ReadyForQuery is still to come, and no CopyDone may be sent.
@@ -83,6 +88,7 @@ impl State {
             State::Ready => "not streaming",
             State::Busy => "in the middle of an abandoned command",
             State::Streaming | State::ServerDone => "streaming",
+            State::BaseBackup => "in the middle of a base backup",
             State::StreamFailed => "at the end of a failed stream",
             State::Broken => "broken",
         }

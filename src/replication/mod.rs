@@ -22,7 +22,7 @@ use std::time::Duration;
 use crate::secret::Secret;
 
 pub use command::{InvalidSlotName, QueryResult, SlotName, SlotReading, SystemIdentity, TimelineEnd};
-pub use connection::{Connection, Start, StreamEvent};
+pub use connection::{BackupWord, Connection, Start, StreamEvent};
 pub use error::{ConnectError, Phase, ReplicationError, ServerError, StartFault};
 pub use message::StatusUpdate;
 pub use security::{AuthPolicy, CertMode, ChannelBinding, Roots, Security, SslMode, TlsVersion};

@@ -338,6 +338,15 @@ impl TempFile {
         }
     }
 
+    /// Writes the file to the disk and gives it a free name, **outside any repository**. The name itself is not synced:
+    /// for files that can be had again, written early so that whoever syncs them next need not wait.
+    pub fn place_flushed(mut self, name: &str) -> io::Result<()> {
+        retry_interrupted(|| rustix::fs::fsync(&self.file))?;
+        self.rename_to_free_name(name)?;
+        self.renamed = true;
+        Ok(())
+    }
+
     fn rename_to_free_name(&self, name: &str) -> Result<(), Errno> {
         let directory = &self.directory.0;
         match rustix::fs::renameat_with(directory, &self.name, directory, name, RenameFlags::NOREPLACE) {
@@ -411,6 +420,12 @@ pub fn write_file_into_place(
         return temp.rename_over(name)?.sync();
     }
     temp.rename_over(name).map(drop)
+}
+
+/// Gives a file **outside any repository** another place on its file system, replacing what had it. Nothing is synced:
+/// for files that can be had again.
+pub fn move_into_place(file: &Path, destination: &Path) -> io::Result<()> {
+    Ok(rustix::fs::rename(file, destination)?)
 }
 
 /// Makes what was appended to a file durable. A file this fails for is lost: no second call on it proves anything.

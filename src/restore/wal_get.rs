@@ -2,7 +2,7 @@
 //!
 //! Owns: what is delivered, absent, a hole (proto-notes/06-timelines.md, 07-repository-format.md), and every check
 //! before a byte is handed over.
-//! Does not own: prefetching, the plan of a restore, the process's exit (`cli`): [`ERROR_EXIT_CODE`] and 0 and 1
+//! Does not own: what is fetched ahead (`prefetch`), the process's exit (`cli`): [`ERROR_EXIT_CODE`] and 0 and 1
 //! are the only codes it may use, because PostgreSQL takes 1 to 125 for "end of WAL" and promotes.
 //!
 //! "Absent" is said only after listings that show nothing on the path at or after the name, or nothing before its
@@ -14,11 +14,12 @@
 mod asked;
 mod error;
 mod object;
-mod request;
-mod sealed;
+pub(super) mod request;
+pub(super) mod sealed;
 mod target;
 mod unfinished;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
@@ -52,12 +53,16 @@ const SILENCE: Duration = Duration::from_secs(2);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// Which line of history the answers belong to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PathChoice {
     /// The newest timeline the archive knows, by history file or by data, as PostgreSQL's `latest`.
     Latest,
     /// This timeline whole, and its ancestors up to their forks.
     Timeline(TimelineId),
+    /// This line, as a restore has planned with it.
+    Fixed(History),
+    /// This line, and on along the newest promotion that continues it.
+    Following(History),
 }
 
 #[derive(Clone, Debug)]
@@ -84,6 +89,17 @@ impl WalGet {
     pub fn new(holders: Vec<Holder>, path: PathChoice) -> WalGet {
         assert!(!holders.is_empty(), "a cluster has a repository");
         WalGet { holders, path, patience: Self::PATIENCE, plan_end: None }
+    }
+
+    /// What is known of the lineage, and the line of history that answers belong to now.
+    pub async fn survey(&self) -> Result<(LineageFile, History), WalGetError> {
+        let mut asked = Asked::ask(&self.holders, SILENCE).await;
+        if asked.views.is_empty() {
+            asked.all_spoke("nothing is known of the archive", None)?;
+        }
+        let file = asked.lineage_file()?;
+        let path = self.path(&mut asked, &file).await?;
+        Ok((file, path))
     }
 
     /// Delivers `name` as `dest`, complete and checked, or says why not. `dest` is untouched unless delivered.
@@ -143,7 +159,8 @@ impl WalGet {
         }
         let path = self.path(asked, &file).await?;
         let limit = match on_path(&path, name.timeline, &span) {
-            Ok(limit) => limit,
+            // A plan may end where its contiguous WAL does, inside a segment of which more came after a hole.
+            Ok(limit) => self.plan_end.map_or(limit, |end| limit.min(end)),
             Err(absence) => return Ok(Some(absence)),
         };
         let wanted = Wanted { name, size, start: span.start, end: span.end, limit, system_id: file.system_id };
@@ -164,8 +181,10 @@ impl WalGet {
 
     /// The line of history answers belong to.
     async fn path(&self, asked: &mut Asked<'_>, file: &LineageFile) -> Result<History, WalGetError> {
-        let timeline = match self.path {
-            PathChoice::Timeline(timeline) => timeline,
+        let timeline = match &self.path {
+            PathChoice::Fixed(line) => return Ok(line.clone()),
+            PathChoice::Following(line) => return continuation(asked, line).await,
+            PathChoice::Timeline(timeline) => *timeline,
             PathChoice::Latest => {
                 let with_data = |view: &asked::View<'_>| {
                     let directories = view.directories.iter().map(|directory| directory.timeline);
@@ -186,6 +205,18 @@ impl WalGet {
         asked.all_spoke("the history is not there", Some(WalGetError::HistoryMissing { timeline }))?;
         Err(WalGetError::HistoryMissing { timeline })
     }
+}
+
+/// The history of the newest timeline that goes on where `line` is, else `line`.
+async fn continuation(asked: &mut Asked<'_>, line: &History) -> Result<History, WalGetError> {
+    let known: BTreeSet<TimelineId> = asked.views.iter().flat_map(|view| view.histories.iter().copied()).collect();
+    for timeline in known.into_iter().rev().take_while(|timeline| *timeline > line.timeline) {
+        match read_history(asked, timeline).await? {
+            Some((_, history)) if history.up_to(line.timeline).as_ref() == Some(line) => return Ok(history),
+            _ => {}
+        }
+    }
+    Ok(line.clone())
 }
 
 /// Delivers a history file, or tells that the repositories that answered have none.

@@ -82,7 +82,6 @@ impl RunWriter {
 
     /// What is appended from here on is kept or lost together.
     pub fn begin_batch(&mut self) {
-        self.unsynced.clear();
         for open in self.frames.iter_mut().chain(&mut self.tail) {
             open.kept_bytes = open.bytes;
         }
@@ -107,6 +106,18 @@ impl RunWriter {
             self.spool.directory.sync().map_err(SpoolError::io("sync", &path))?;
         }
         Ok(())
+    }
+
+    /// The batch is kept: files that it closed are let go of, so that they can be removed and their space is free.
+    pub fn end_batch(&mut self) {
+        self.unsynced.clear();
+    }
+
+    /// Closes what lies in segments that end at or below `end`. Between two batches.
+    pub fn close_up_to(&mut self, end: Lsn) {
+        let size = self.size;
+        let is_below = |open: &mut Open| size.end_of(size.segment_of(open.run.name.from)) <= end;
+        drop((self.frames.take_if(is_below), self.tail.take_if(is_below)));
     }
 
     /// Takes the batch back, as well as that can be done: its files are removed or cut to what they were before, so that

@@ -11,6 +11,7 @@ mod open_segments;
 mod page;
 mod record;
 pub mod scanner;
+mod seek;
 mod segment;
 mod summary;
 #[cfg(test)]
@@ -20,6 +21,7 @@ mod timeline;
 pub use lsn::{Lsn, ParseLsnError};
 pub use page::{PAGE_BYTES, PageMagic};
 pub use scanner::{Carry, FaultClass, PendingRecord, Proof, ScanError, ScanFault, ScanOptions, Scanner};
+pub use seek::{Found, FoundKind, Sought};
 pub use segment::{InvalidSegmentSize, ParseSegmentNameError, SegmentName, SegmentNumber, SegmentSize};
 pub use summary::{Commit, RelationChange, RestorePoint, SegmentSummary};
 pub use timeline::{History, HistoryEntry, HistoryError, SystemId, TimelineId};

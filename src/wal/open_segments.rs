@@ -32,6 +32,11 @@ impl OpenSegments {
         self.open.get_mut(index as usize)
     }
 
+    /// Of the segment being read.
+    pub fn reading(&self) -> &SegmentSummary {
+        self.open.back().expect("the segment being read is always open")
+    }
+
     fn current(&mut self) -> &mut SegmentSummary {
         self.open.back_mut().expect("the segment being read is always open")
     }

@@ -22,7 +22,9 @@ const XLOG_SWITCH: u8 = 0x40;
 const XLOG_RESTORE_POINT: u8 = 0x70;
 const XLOG_OVERWRITE_CONTRECORD: u8 = 0xD0;
 const XACT_COMMIT: u8 = 0x00;
+const XACT_ABORT: u8 = 0x20;
 const XACT_COMMIT_PREPARED: u8 = 0x30;
+const XACT_ABORT_PREPARED: u8 = 0x40;
 const XACT_HAS_INFO: u8 = 0x80;
 const SMGR_TRUNCATE: u8 = 0x20;
 
@@ -237,6 +239,19 @@ fn decode_fact(header: &RecordHeader, main: &[u8], format: Format) -> Option<Fac
             let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
             Some(Fact::RestorePoint { name: String::from_utf8_lossy(name).into_owned(), time })
         }
+    }
+}
+
+/// The transaction a record rolls back, and when; the index does not keep these. The parts of `xl_xact_parsed_abort` are
+/// those of a commit, without invalidation messages.
+pub(super) fn rollback(header: &RecordHeader, main: &[u8], format: Format) -> Option<(u32, Option<Timestamp>)> {
+    let is_rollback = matches!(header.info & 0x70, XACT_ABORT | XACT_ABORT_PREPARED);
+    if header.resource_manager != RM_XACT || !is_rollback {
+        return None;
+    }
+    match commit(header, Reader(main), format) {
+        Fact::Commit { xid, time, .. } => Some((xid, time)),
+        _ => None,
     }
 }
 

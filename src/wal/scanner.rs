@@ -19,6 +19,7 @@ use super::page::{
     SHORT_HEADER_BYTES,
 };
 use super::record::{self, CRC_OFFSET, RECORD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader};
+use super::seek::{Found, Seeker, Sought};
 use super::{Commit, History, Lsn, SegmentNumber, SegmentSize, SegmentSummary, SystemId, TimelineId};
 
 /// How far the WAL format of a stream is known.
@@ -87,6 +88,17 @@ impl Scanner {
         self
     }
 
+    /// Also looks for single records.
+    pub fn seeking(mut self, sought: Sought) -> Scanner {
+        self.chain.seeker = Some(Seeker::new(sought));
+        self
+    }
+
+    /// What was looked for, in order; the first few of it.
+    pub fn found(&self) -> &[Found] {
+        self.chain.seeker.as_ref().map_or(&[], Seeker::found)
+    }
+
     /// Takes the bytes that follow [`Scanner::position`]. After an error the scanner only repeats it.
     pub fn feed(&mut self, lsn: Lsn, bytes: &[u8]) -> Result<(), ScanError> {
         if let Some(error) = &self.failed {
@@ -136,6 +148,12 @@ impl Scanner {
     /// The next segment whose records are all proven, the one that crosses its end included.
     pub fn poll_segment(&mut self) -> Option<(SegmentNumber, SegmentSummary)> {
         self.chain.segments.poll(self.proven())
+    }
+
+    /// What the segment that holds the next byte says so far, proven or not: the fact of a record counts as soon as
+    /// its own CRC has been checked.
+    pub fn summary_of_open_segment(&self) -> &SegmentSummary {
+        self.chain.segments.reading()
     }
 
     /// The state at the start of the segment that holds the next byte: where a child timeline is read from.
@@ -289,6 +307,7 @@ struct Chain {
     last_commit: Option<Commit>,
     segments: OpenSegments,
     segment_carry: Carry,
+    seeker: Option<Seeker>,
 }
 
 impl Chain {
@@ -318,6 +337,7 @@ impl Chain {
             last_commit: None,
             segments,
             segment_carry: carry,
+            seeker: None,
         }
     }
 
@@ -617,6 +637,9 @@ impl Chain {
         let main = prefix.get(main.start..main.end.min(prefix.len())).unwrap_or_default();
         if self.overwritten.is_some() || header.is_overwrite_contrecord() {
             self.check_overwrite(header, main).map_err(|fault| self.record_fault(start, fault, prefix))?;
+        }
+        if let Some(seeker) = &mut self.seeker {
+            seeker.see(start, header, main, self.format);
         }
         if let Some(fact) = record::fact(header, main, self.format) {
             self.last_commit = self.segments.note(start, fact).or(self.last_commit);

@@ -183,6 +183,27 @@ impl History {
         (self.timeline == timeline).then_some(begin)
     }
 
+    /// Up to where both are one history: `Lsn::MAX` when they are the same.
+    pub fn shared_until(&self, other: &History) -> Lsn {
+        let mut begin = Lsn::ZERO;
+        for (ours, theirs) in self.entries().zip(other.entries()) {
+            if ours.timeline != theirs.timeline {
+                return begin;
+            }
+            if ours.end != theirs.end {
+                return ours.end.min(theirs.end);
+            }
+            begin = ours.end;
+        }
+        begin
+    }
+
+    /// The ancestors, and the timeline itself without an end.
+    fn entries(&self) -> impl Iterator<Item = HistoryEntry> + '_ {
+        let newest = HistoryEntry { timeline: self.timeline, end: Lsn::MAX };
+        self.ancestors.iter().copied().chain([newest])
+    }
+
     /// The timeline that follows `timeline` on this history.
     pub fn child_of(&self, timeline: TimelineId) -> Option<TimelineId> {
         let at = self.ancestors.iter().position(|entry| entry.timeline == timeline)?;
@@ -221,6 +242,24 @@ mod tests {
         assert_eq!(History::parent_file(second), None);
         assert_eq!(History::parent_file(b""), None);
         assert_eq!(History::parent_file(b"# only words\n"), None);
+    }
+
+    #[test]
+    fn two_histories_are_one_up_to_the_first_fork_that_only_one_took() {
+        let of = |timeline, text: &str| History::parse(TimelineId(timeline), text.as_bytes()).unwrap();
+        let (first, second) = (of(1, ""), of(2, "1 0/100 x\n"));
+        let third = of(3, "1 0/100 x\n2 0/200 x\n");
+        for (one, other, expected) in [
+            (&second, &second, Lsn::MAX),
+            (&first, &second, Lsn(0x100)),
+            (&second, &third, Lsn(0x200)),
+            (&first, &third, Lsn(0x100)),
+            (&second, &of(3, "1 0/80 x\n"), Lsn(0x80)),
+            (&second, &of(3, "1 0/100 x\n"), Lsn(0x100)),
+            (&second, &of(4, "3 0/50 x\n"), Lsn::ZERO),
+        ] {
+            assert_eq!((one.shared_until(other), other.shared_until(one)), (expected, expected), "{one:?} {other:?}");
+        }
     }
 
     #[test]

@@ -6,6 +6,8 @@ mod demo;
 mod docker;
 mod encryption;
 mod end_to_end;
+mod find;
+mod forks;
 mod hostile;
 mod many;
 mod monitoring;

@@ -2,7 +2,7 @@
 //! virtual time, with faults; the oracle that looks at what came of it.
 //!
 //! One seed, one history: `SEAWALL_SEED=1234 cargo test --test it simulation` replays it, with its log.
-//! More seeds: `SEAWALL_SEEDS=100000 cargo test --release --test it simulation`.
+//! More seeds: `SEAWALL_SEEDS=100000 cargo test --release --test it simulation`, or `1000..5000` of them.
 //!
 //! After every crash and at the end: what was acknowledged is durable, contiguous and proven, in as many repositories as
 //! are required; the archive's bytes are the server's; nothing was overwritten. When all faults are over every
@@ -72,8 +72,12 @@ fn run_seeds(
         println!("{:?}", simulate(seed.parse().expect("SEAWALL_SEED is a number")));
         return None;
     }
-    let count: u64 = std::env::var("SEAWALL_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(default_count);
-    let next = std::sync::atomic::AtomicU64::new(0);
+    let seeds = std::env::var("SEAWALL_SEEDS").map_or(0..default_count, |text| {
+        let (first, end) = text.split_once("..").unwrap_or(("0", &text));
+        let number = |text: &str| text.parse().expect("SEAWALL_SEEDS is a number, or two: 500..1000");
+        number(first)..number(end)
+    });
+    let next = std::sync::atomic::AtomicU64::new(seeds.start);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let total = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
@@ -83,7 +87,7 @@ fn run_seeds(
                     let mut total = Tally::default();
                     loop {
                         let seed = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                        if seed >= count {
+                        if seed >= seeds.end {
                             return total;
                         }
                         let replay = format!("replay with: SEAWALL_SEED={seed} cargo test --test it {name}");
@@ -108,8 +112,8 @@ fn run_seeds(
         }
         total
     });
-    println!("{count} seeds: {total:?}");
-    Some((count, total))
+    println!("seeds {seeds:?}: {total:?}");
+    Some((seeds.end - seeds.start, total))
 }
 
 /// Ends the process, naming the seed, when one history takes too long: virtual time that stands still.
@@ -337,16 +341,26 @@ impl Simulation {
     }
 
     /// One repository is lost and made anew, as `seawall init --create` does it, while the others hold everything
-    /// that was acknowledged.
+    /// that was acknowledged, and together everything that anyone holds: what a server that is no more wrote, and was
+    /// never acknowledged, would be lost by right with the last that has it, and the archive be left with a gap.
     async fn wipe(&mut self) {
         let lost = self.rng.usize(0..self.stores.len());
         let restart = self.acknowledged();
-        let mut others_hold = true;
-        for at in (0..self.stores.len()).filter(|at| *at != lost) {
-            let reached = self.archive(at).await.map(|archive| self.reached(&archive, restart));
-            others_hold &= reached.is_some_and(|reached| reached >= restart);
+        let mut archives = Vec::new();
+        for at in 0..self.stores.len() {
+            archives.push(self.archive(at).await);
         }
-        if !others_hold || self.options.required != self.stores.len() {
+        let reached = |archive: &ModelArchive, to: Lsn| self.reached(archive, to);
+        let mut others = archives.iter().enumerate().filter(|(at, _)| *at != lost).map(|(_, archive)| archive);
+        let others_hold = others.all(|archive| archive.as_ref().is_some_and(|it| reached(it, restart) >= restart));
+        let all = ModelArchive::together(archives.iter().flatten());
+        let others = archives.iter().enumerate().filter(|(at, _)| *at != lost);
+        let others = ModelArchive::together(others.filter_map(|(_, archive)| archive.as_ref()));
+        let nothing_is_lost = match (others, all) {
+            (Some(others), Some(all)) => reached(&others, Lsn::MAX) >= reached(&all, Lsn::MAX),
+            (_, all) => all.is_none(),
+        };
+        if !others_hold || !nothing_is_lost || self.options.required != self.stores.len() {
             return;
         }
         self.tally.wipes += 1;
@@ -747,6 +761,7 @@ fn encrypted() -> Keys {
 }
 
 /// What the archive holds, as its catalog tells.
+#[derive(Clone)]
 struct ModelArchive {
     start: Lsn,
     held: BTreeMap<TimelineId, Held>,
@@ -754,6 +769,23 @@ struct ModelArchive {
     sealed: BTreeSet<SegmentName>,
 }
 
+impl ModelArchive {
+    /// What several hold together.
+    fn together<'a>(archives: impl Iterator<Item = &'a ModelArchive>) -> Option<ModelArchive> {
+        archives.cloned().reduce(|mut all, one| {
+            all.start = all.start.min(one.start);
+            all.sealed.extend(one.sealed);
+            for (timeline, Held(pieces)) in one.held {
+                let Held(together) = all.held.entry(timeline).or_insert_with(|| Held(Vec::new()));
+                together.extend(pieces);
+                together.sort_unstable();
+            }
+            all
+        })
+    }
+}
+
+#[derive(Clone)]
 struct Held(Vec<(Lsn, Lsn)>);
 
 impl Held {

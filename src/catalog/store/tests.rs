@@ -78,6 +78,22 @@ fn tail(store: &MemoryStore, archive: &Archive, epoch: u32, number: u64, from: u
 }
 
 #[tokio::test]
+async fn an_entry_whose_last_record_ends_beyond_its_segment_is_damaged() {
+    let beyond = Some(Lsn(4 * MIB + 8));
+    let (mut of_summary, mut of_carry) = (entry(3, 1), entry(3, 1));
+    of_summary.summary.record_end = beyond;
+    of_carry.summary.carry.record_end = beyond;
+    let mut whole = entry(3, 1);
+    whole.summary.record_end = Some(Lsn(4 * MIB));
+    for (entry, is_damaged) in [(of_summary, true), (of_carry, true), (whole, false)] {
+        let (store, archive) = archive();
+        index(&store, &archive, entry, 1);
+        let read = archive.directory(WalDirectory::of(name(3)), size()).await;
+        assert_eq!(matches!(read, Err(CatalogError::Damaged { .. })), is_damaged, "{read:?}");
+    }
+}
+
+#[tokio::test]
 async fn the_frontier_of_nothing_is_nothing() {
     let (_, archive) = archive();
     let state = archive.frontier(ONE, size()).await.unwrap();

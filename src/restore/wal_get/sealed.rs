@@ -1,7 +1,7 @@
 //! Owns: delivering a sealed segment from one repository that has it.
 //! Does not own: which repository is asked first, unfinished segments (`unfinished.rs`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::asked::Holder;
 use super::error::WalGetError;
@@ -77,7 +77,37 @@ fn copies(
     copies
 }
 
+/// Has the sealed segment written and flushed beside others in `directory`, under the name that `name_of` gives it for
+/// the CRC-32 of its raw bytes; false where no object with a known CRC-32 is there intact.
+pub async fn hold_ready(
+    holder: &Holder,
+    wanted: &Wanted,
+    contents: &DirectoryContents,
+    name_of: impl Fn(u32) -> PathBuf,
+) -> Result<bool, WalGetError> {
+    let entry = contents.entries.get(&wanted.name);
+    for copy in copies(holder, wanted, wanted.name, entry, contents) {
+        let Some(raw_crc32) = copy.raw_crc32 else { continue };
+        match read_whole(holder, wanted, &copy, &name_of(raw_crc32)).await {
+            Ok(target) => {
+                let size = wanted.size;
+                let finished = tokio::task::spawn_blocking(move || target.finish_flushed(size)).await;
+                finished.expect("it does not panic")?;
+                return Ok(true);
+            }
+            Err(error @ WalGetError::Damaged { .. }) => tracing::debug!(%error, "not held ready"),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(false)
+}
+
 async fn whole_copy(holder: &Holder, wanted: &Wanted, copy: &SealedCopy, dest: &Path) -> Result<(), WalGetError> {
+    read_whole(holder, wanted, copy, dest).await?.finish(wanted.size)
+}
+
+/// Reads an object through into a file that is complete but for its name.
+async fn read_whole(holder: &Holder, wanted: &Wanted, copy: &SealedCopy, dest: &Path) -> Result<Target, WalGetError> {
     let archive = &holder.archive;
     let damaged = |fault: String| object::damaged(archive, &copy.object.key, fault);
     if let Some(indexed) = copy.indexed_bytes
@@ -94,5 +124,5 @@ async fn whole_copy(holder: &Holder, wanted: &Wanted, copy: &SealedCopy, dest: &
         return Err(damaged(format!("its content has CRC-32 {crc:08x}, expected {expected:08x}")));
     }
     wanted.check_header(&target.head).map_err(damaged)?;
-    target.finish(wanted.size)
+    Ok(target)
 }

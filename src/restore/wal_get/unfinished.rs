@@ -120,7 +120,7 @@ impl<'a> Unfinished<'a> {
             let mark = target.mark();
             match write_copy(tails, copy, wanted, target).await {
                 Err(error) if error.is_of_one_copy() => {
-                    target.back_to(mark);
+                    target.back_to(mark)?;
                     fault = WalGetError::or_graver(fault, error);
                 }
                 ended => return ended,

@@ -79,7 +79,8 @@ impl Archived {
         self.scratch.join("seawall.toml")
     }
 
-    fn config_argument(&self) -> String {
+    /// Behind `--config`.
+    pub fn config_argument(&self) -> String {
         self.config().to_str().expect("our paths are text").to_owned()
     }
 
