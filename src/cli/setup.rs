@@ -254,7 +254,12 @@ pub fn cores() -> usize {
 
 /// Runs a command that asks and answers.
 pub fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
-    finish(runtime::Builder::new_current_thread(), SPARE_THREADS + cores() + THREADS_PER_ROOT, work)
+    finish(runtime::Builder::new_current_thread(), threads_for_roots(1), work)
+}
+
+/// Blocking threads of a command that works with so many directories at the same time.
+pub fn threads_for_roots(roots: usize) -> usize {
+    SPARE_THREADS + cores() + roots * THREADS_PER_ROOT
 }
 
 /// Runs the agent: two threads are enough for the network, the rest is compressing and the store's calls, on as many
