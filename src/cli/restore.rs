@@ -1,6 +1,7 @@
 //! Owns: `restore`: what was asked for, the plan of it in words and JSON, and why a target is refused.
 //! Does not own: choosing (`restore/choose.rs`), carrying it out (`restore/execute`).
 
+mod carry_out;
 mod shown;
 
 use jiff::Timestamp;
@@ -27,12 +28,15 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Result<Verdict, Failure> {
     let config = ArchiveConfig::choose(&archives, global.cluster.as_deref())?;
     let keys = keys::reading(config.identity_file.as_deref())?;
     setup::block_on(async {
-        let (plan, _holders) = make_plan(global, args, config, &keys, &wish).await?;
+        let (plan, holders) = make_plan(global, args, config, &keys, &wish).await?;
         let shown = ShownPlan::of(&plan);
         match (args.plan, global.json) {
             (true, true) => output::json(&shown),
             (true, false) => output::text(&shown.to_text()),
             (false, _) => output::note(shown.to_text()),
+        }
+        if !args.plan {
+            carry_out::carry_out(global, args, &plan, &holders).await?;
         }
         Ok(Verdict::Fine)
     })?

@@ -89,6 +89,13 @@ pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
     Ok(Config::load_archives(sources)?)
 }
 
+/// The file the configuration is read from, if there is one.
+pub fn config_path(global: &Global) -> Result<Option<std::path::PathBuf>, Failure> {
+    let flags = global.flags();
+    let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
+    Ok(crate::config::file_path(sources)?)
+}
+
 pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     Stores::default().backend(repository)
 }

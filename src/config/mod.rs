@@ -260,6 +260,11 @@ impl Config {
 
 // Finding and reading.
 
+/// Which file the configuration is read from; `None`: there is none, and flags and variables say it all.
+pub fn file_path(sources: Sources<'_>) -> Result<Option<PathBuf>, ConfigError> {
+    Ok(find_file(sources)?.map(|(path, _)| path))
+}
+
 /// The named file, which must exist, or the first that does.
 fn find_file(sources: Sources<'_>) -> Result<Option<(PathBuf, FileContent)>, ConfigError> {
     let variable = || sources.environment.var(PATH_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);

@@ -43,7 +43,6 @@ use config::Configuration;
 use copies::Copy;
 use finish::{Additions, Watched};
 use ground::UnfinishedFile;
-use pin::Pin;
 use settings::{Recovery, Timeline};
 use site::{Accounts, Meter, Site};
 use tablespaces::Place;
@@ -145,11 +144,10 @@ pub async fn execute(
     let work = Work { plan, options, pgdata, places, id, jobs: jobs(options.jobs) };
     // What can be refused is refused before anything is written anywhere.
     work.survey().await?;
-    let mut pin = Pin::new(id, plan, holders, options.host.clone());
-    let pinned = pin.put().await;
+    let pinned = pin::put(id, plan, holders, options.host.as_deref()).await;
     tokio::select! {
         restored = work.carry_out(holders, pinned, Meter::new(progress)) => restored,
-        () = pin.keep_renewed() => unreachable!("a pin is renewed for ever"),
+        () = pin::keep_renewed(id, holders) => unreachable!("a pin is renewed for ever"),
     }
 }
 
