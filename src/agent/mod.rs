@@ -18,9 +18,10 @@ pub mod startup;
 mod synchronous;
 pub mod world;
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -32,6 +33,8 @@ use cluster::{ClusterAgent, Status};
 use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
 
+/// Backups at a time, whatever many clusters there are: each has a memory of its own, and cores to compress on.
+const BACKUPS_MAX: usize = 2;
 /// For a backup under way to be given up, once nothing streams any more.
 const FAREWELL: Duration = Duration::from_secs(5);
 
@@ -60,13 +63,15 @@ impl Fleet {
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
         let mut keepers = Vec::new();
+        let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
         for Assignment { world, options, backups } in assignments {
             let name = options.name.clone();
             let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
             if is_alone {
                 agent = agent.ending_when_refused();
             }
-            let (keeper, kept) = Keeper::new(world.clone(), options.clone(), backups, status.clone(), stop.clone());
+            let (keeper, kept) =
+                Keeper::new(world.clone(), options.clone(), backups, status.clone(), turns.clone(), stop.clone());
             keepers.push(keeper);
             subjects.push(Subject { world, options, status: status.clone(), backups: kept });
             clusters.push((name, agent, status));

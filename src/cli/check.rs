@@ -15,7 +15,7 @@ use crate::agent::world::World;
 use crate::archiver::Workers;
 use crate::config::ClusterConfig;
 use crate::error::Failure;
-use crate::postgres::Purpose;
+use crate::postgres::{Purpose, connect};
 use crate::replication::{Connection, Login};
 
 /// Times of commits and of gaps are compared by people across machines.
@@ -122,6 +122,7 @@ async fn examine(cluster: &ClusterConfig, config: Option<&Path>) -> Result<Vec<C
     let world = setup::world(cluster, Workers::inline());
     let slot = setup::slot_name(cluster)?;
     let mut checks = hosts(&world).await;
+    checks.extend(copied(cluster, &world).await);
     let server = server::ask(&world, &slot).await;
     match &server {
         Ok(facts) => checks.extend(server_checks(cluster, facts, world.clock.now())),
@@ -147,6 +148,22 @@ async fn hosts(world: &World) -> Vec<Check> {
         });
     }
     checks
+}
+
+/// The standby backups are taken from, where one is named.
+async fn copied(cluster: &ClusterConfig, world: &World) -> Option<Check> {
+    const WHAT: &str = "backup.from";
+    let from = setup::backups(cluster).from?;
+    let examined = async {
+        let logins = from.logins(Purpose::Physical)?;
+        let connected = connect::connect_or_explain(world.dialer.as_ref(), &logins, from.wanted()).await?;
+        let connect::Connected { mut connection, login, in_recovery } = connected;
+        let identity = connection.identify_system().await?;
+        connection.close().await;
+        let kind = if in_recovery { "a standby" } else { "not a standby" };
+        Ok::<_, Failure>(format!("{}: {kind} of system {}", login.address, identity.system_id))
+    };
+    Some(examined.await.map_or_else(|failure| Check::failed(WHAT, failure), |found| Check::ok(WHAT, found)))
 }
 
 async fn replication_session(world: &World, login: &Login) -> Result<Check, Failure> {
@@ -178,6 +195,9 @@ fn server_checks(cluster: &ClusterConfig, facts: &ServerFacts, now: Timestamp) -
     checks.push(wal_level(facts));
     checks.push(headroom("max_wal_senders", facts, facts.wal_senders_used, facts.wal_sender.is_some()));
     checks.push(headroom("max_replication_slots", facts, facts.slots_used, facts.slot.is_some()));
+    checks.push(room_for_backup(cluster, facts));
+    checks.extend(server_compression(cluster, facts));
+    checks.extend(data_checksums(facts));
     checks.push(slot_limit(facts));
     checks.push(sender_timeout(facts));
     checks.push(switched_on("full_page_writes", facts, "torn pages after a crash cannot be repaired from WAL without"));
@@ -226,6 +246,55 @@ fn headroom(name: &'static str, facts: &ServerFacts, used: Option<u64>, has_ours
         0 => Check::warning(name, found, cure),
         _ => Check::ok(name, found),
     }
+}
+
+/// A base backup is one more walsender while it lasts, beside the stream.
+fn room_for_backup(cluster: &ClusterConfig, facts: &ServerFacts) -> Check {
+    const WHAT: &str = "base backup";
+    if cluster.backup.from.is_some() {
+        return Check::ok(WHAT, "taken from another server (`backup.from`)");
+    }
+    if facts.may_replicate == Some(false) {
+        return Check::problem(WHAT, "the role may not take one", "see `role`");
+    }
+    let limit = facts.setting("max_wal_senders").and_then(|text| text.parse::<u64>().ok());
+    let (Some(limit), Some(used)) = (limit, facts.wal_senders_used) else { return Check::ok(WHAT, "unknown") };
+    let streams = u64::from(facts.wal_sender.is_none());
+    match limit.saturating_sub(used + streams) {
+        0 => Check::problem(
+            WHAT,
+            format!("max_wal_senders = {limit} leaves none for it beside the stream"),
+            format!("ALTER SYSTEM SET max_wal_senders = {}; and restart the server", limit + 5),
+        ),
+        spare => Check::ok(WHAT, format!("the role may take one, {spare} walsender(s) to spare")),
+    }
+}
+
+fn server_compression(cluster: &ClusterConfig, facts: &ServerFacts) -> Option<Check> {
+    const WHAT: &str = "backup compression";
+    let method = cluster.backup.compression?;
+    let major: u32 = facts.version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
+    Some(match major < 15 {
+        true => Check::problem(
+            WHAT,
+            format!("PostgreSQL {major} cannot compress what it sends ({method})"),
+            "remove backup.compression: what is stored is compressed here in any case",
+        ),
+        false => Check::ok(WHAT, format!("{method} on the server, where its build has it")),
+    })
+}
+
+/// With them the server checks every page it sends.
+fn data_checksums(facts: &ServerFacts) -> Option<Check> {
+    const WHAT: &str = "data_checksums";
+    Some(match facts.setting(WHAT)? {
+        // Advice, not a finding: it cannot be changed while the server runs.
+        "off" => Check::ok(
+            WHAT,
+            "off: a damaged page would be backed up unnoticed (`pg_checksums --enable`, server stopped)",
+        ),
+        value => Check::ok(WHAT, value),
+    })
 }
 
 fn slot_limit(facts: &ServerFacts) -> Check {

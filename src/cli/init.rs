@@ -147,6 +147,11 @@ fn sql(cluster: &ClusterConfig) -> Vec<String> {
     vec![
         format!("CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'choose one';"),
         format!("GRANT pg_monitor TO {role};  -- optional: `status` and `check` see synchronous replication"),
+        "-- Optional, where configuration lives outside the data directory (Debian): backups take it along. In"
+            .to_string(),
+        format!("-- database {}:", quote_ident(cluster.postgres.database())),
+        format!("GRANT pg_read_all_settings, pg_read_server_files TO {role};"),
+        format!("GRANT EXECUTE ON FUNCTION pg_catalog.pg_read_binary_file(text, bigint, bigint) TO {role};"),
     ]
 }
 

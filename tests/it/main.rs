@@ -1,5 +1,6 @@
 //! The integration tests: one binary, so that they link once and share one support module.
 
+mod backup_agent;
 mod cli;
 mod crash;
 mod demo;
@@ -19,12 +20,14 @@ mod s3_faults;
 mod s3_server;
 mod servers_start;
 mod several;
+mod several_real;
 mod simulation;
 mod slots;
 mod spool;
 mod store_faults;
 mod support;
 mod synchronous;
+mod targets;
 mod tidy;
 mod timelines;
 mod tls;

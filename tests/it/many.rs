@@ -130,12 +130,15 @@ fn a_hundred_idle_clusters_fit_into_256_mib() {
     let scratch = Scratch::new();
     let repository = format!("[repositories.local]\nurl = \"file://{}\"\n", scratch.join("repository").display());
     let clusters = (0..IDLE_CLUSTERS).map(|n| {
-        format!("[clusters.c{n}]\npostgres = \"{}\"\nslot = \"s{n}\"\ntail_interval = \"200ms\"\n", server.conninfo())
+        format!(
+            "[clusters.c{n}]\npostgres = \"{}\"\nslot = \"s{n}\"\nbackup.automatic = false\n\
+             tail_interval = \"200ms\"\n",
+            server.conninfo()
+        )
     });
     let text = repository + &clusters.collect::<String>();
     let mut agent = run(&write_config(&scratch, &text));
     let address = http::address(&mut agent);
-    wait_protected(address, 200);
     // Once they have all been asked for their slots, and somebody looks at everything.
     let metrics = eventually(PATIENCE, "every slot is seen", || {
         let metrics = get(address, "/metrics").body;

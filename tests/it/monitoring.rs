@@ -19,7 +19,8 @@ const HTTP: &str = "[http]\nlisten = \"127.0.0.1:0\"\n";
 fn listening(more: &str) -> Option<(Rig, Agent, SocketAddr)> {
     let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).start();
     let mut rig = Rig::new(server);
-    rig.settings.push_str(&format!("{HTTP}{more}"));
+    // Without a base backup nothing is protected.
+    rig.settings = format!("tail_interval = \"200ms\"\n{HTTP}{more}");
     let mut agent = rig.start();
     let address = http::address(&mut agent);
     Some((rig, agent, address))
@@ -54,7 +55,7 @@ fn a_running_agent_is_seen_through() {
         keys(&status),
         set(
             "name system_id timeline state acknowledge server_lsn received_lsn proven_lsn durable_lsn acknowledged_lsn \
-             rpo_seconds lag_bytes repositories slot last_backup window gaps health reasons"
+             rpo_seconds lag_bytes repositories slot last_backup backup_running window gaps health reasons"
         )
     );
     assert_eq!((&status["state"], &status["health"], &status["gaps"]), (&"streaming".into(), &"ok".into(), &0.into()));

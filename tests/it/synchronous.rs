@@ -4,7 +4,7 @@
 use crate::support::agent;
 use crate::support::postgres::{self, Server};
 use crate::support::process;
-use crate::support::rig::{PATIENCE, Rig};
+use crate::support::rig::{NO_BACKUPS, PATIENCE, Rig};
 use seawall::wal::Lsn;
 
 /// No tail is ever due by itself: whatever is stored was stored because a commit waited for it.
@@ -13,7 +13,7 @@ const NO_TAIL_BY_TIME: &str = "tail_interval = \"1h\"\nsynchronous = true\n";
 fn synchronous_rig(major: u32) -> Rig {
     let server = Server::builder(major).wal_segment_mib(1).setting("autovacuum", "off");
     let mut rig = Rig::new(server.start());
-    rig.settings = NO_TAIL_BY_TIME.into();
+    rig.settings = format!("{NO_BACKUPS}{NO_TAIL_BY_TIME}");
     rig
 }
 
@@ -80,7 +80,7 @@ fn many_committers_share_a_tail() {
 fn the_server_decides_where_the_configuration_does_not() {
     let Some(major) = postgres::newest_major() else { return };
     let mut rig = synchronous_rig(major);
-    rig.settings = "tail_interval = \"1h\"\n".into();
+    rig.settings = format!("{NO_BACKUPS}tail_interval = \"1h\"\n");
     let mut agent = rig.start();
     process::eventually(PATIENCE, "the slot reserves WAL", || rig.slot()?.restart_lsn);
     rig.server.sql("create table commits (i int)");

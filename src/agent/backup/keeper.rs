@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -48,6 +48,8 @@ pub struct Keeper {
     options: ClusterOptions,
     settings: BackupSettings,
     status: watch::Receiver<Status>,
+    /// Shared by all clusters of the process.
+    turns: Arc<Semaphore>,
     stop: CancellationToken,
     facts: Arc<watch::Sender<BackupFacts>>,
     /// What was read last.
@@ -79,12 +81,23 @@ impl Keeper {
         options: ClusterOptions,
         settings: BackupSettings,
         status: watch::Receiver<Status>,
+        turns: Arc<Semaphore>,
         stop: CancellationToken,
     ) -> (Keeper, watch::Receiver<BackupFacts>) {
         let (facts, watching) = watch::channel(BackupFacts::default());
         let facts = Arc::new(facts);
-        let keeper =
-            Keeper { world, options, settings, status, stop, facts, known: None, failures: 0, said_config: None };
+        let keeper = Keeper {
+            world,
+            options,
+            settings,
+            status,
+            turns,
+            stop,
+            facts,
+            known: None,
+            failures: 0,
+            said_config: None,
+        };
         (keeper, watching)
     }
 
@@ -275,6 +288,11 @@ impl Keeper {
 
     async fn attempt(&mut self, watched: &Watched, places: Vec<Place>, need: Need) -> Result<(), Failure> {
         let cluster = &self.options.name;
+        let _turn = tokio::select! {
+            biased;
+            () = self.stop.cancelled() => return Err(BackupError::Stopped.into()),
+            turn = self.turns.acquire() => turn.expect("the semaphore is never closed"),
+        };
         let why = match need {
             Need::Gap => "a gap follows the newest one",
             _ => "a repository has none",

@@ -152,6 +152,21 @@ impl Part {
         self.within(step).await
     }
 
+    /// A store may fail for a moment.
+    async fn take_patiently(&self) -> Result<Standing, Failure> {
+        const TRIES: u32 = 4;
+        let mut tries = 1;
+        loop {
+            match self.take().await {
+                Err(failure) if failure.disposition == Disposition::Retry && tries < TRIES => {
+                    tries += 1;
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                }
+                taken => return taken,
+            }
+        }
+    }
+
     /// One renewal. An error leaves it as it was; losing it is none.
     async fn renew(&self) -> Result<(), Failure> {
         let Some(next) = self.with_claim(|claim| claim.next()) else { return Ok(()) };
@@ -194,7 +209,7 @@ impl Part {
         let mut first = None;
         let mut is_said = false;
         loop {
-            let (by, free_in) = match self.take().await? {
+            let (by, free_in) = match self.take_patiently().await? {
                 Standing::Held => return Ok(()),
                 // Somebody was faster, and has given it back already.
                 Standing::Free { .. } => {
@@ -309,6 +324,130 @@ async fn keep(part: Part, lost: CancellationToken) {
                     is_said = true;
                 }
                 tokio::time::sleep(RETRY_INTERVAL).await;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::catalog::store::Archive;
+    use crate::repository::layout::Lineage;
+    use crate::testkit::store::{Faults, FaultyStore};
+    use crate::wal::SystemId;
+
+    fn place(index: usize, store: &FaultyStore) -> Place {
+        let archive = Archive::new(Arc::new(store.clone()), Lineage::new("main", SystemId(7), 1));
+        // The other way round than the configuration names them.
+        Place { index, name: format!("store{index}"), id: format!("{:08x}", 99 - index), archive }
+    }
+
+    fn tenant(name: &str) -> Tenant {
+        Tenant { holder: name.into(), host: None, purpose: format!("a backup by {name}"), clock: Clock::system() }
+    }
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_lives_is_left_alone_and_one_that_died_is_taken_over() {
+        let store = FaultyStore::new(1);
+        let places = [place(0, &store)];
+        let (lease, _) = Lease::acquire(&places, &tenant("a"), Patience::None).await.unwrap();
+        let refused = Lease::acquire(&places, &tenant("b"), Patience::None).await.unwrap_err();
+        assert_eq!(refused.exit_code, ExitCode::TryAgain);
+        assert!(refused.message.contains("a backup by a"), "{refused}");
+        // As killed: no renewal any more, and nothing given back.
+        drop(lease);
+        let began = Instant::now();
+        let (lease, _) = Lease::acquire(&places, &tenant("b"), Patience::None).await.unwrap();
+        assert!((seconds(30)..=seconds(34)).contains(&began.elapsed()), "{:?}", began.elapsed());
+        lease.parts()[0].confirm().await.unwrap();
+        lease.release().await;
+        // Given back: it is there at once.
+        let began = Instant::now();
+        let (lease, _) = Lease::acquire(&places, &tenant("c"), Patience::None).await.unwrap();
+        assert!(began.elapsed() < seconds(1));
+        drop(lease);
+        let leases = store.memory().objects().keys().filter(|key| key.as_str().contains("/lease/")).count();
+        assert_eq!(leases, 2, "what b gave back, and what c took");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_held_in_every_repository_that_answers() {
+        let stores = [FaultyStore::new(1), FaultyStore::new(2)];
+        let places = [place(0, &stores[0]), place(1, &stores[1])];
+        stores[0].set_outage(true);
+        let (lease, absent) = Lease::acquire(&places, &tenant("a"), Patience::None).await.unwrap();
+        assert_eq!((lease.parts().len(), absent[0].0.name.as_str()), (1, "store0"));
+        stores[0].set_outage(false);
+        // Free in the one, held in the other: both wait, and what was taken is given back.
+        Lease::acquire(&places, &tenant("b"), Patience::None).await.unwrap_err();
+        assert!(lease.part(1).unwrap().is_valid() && lease.part(0).is_none());
+        lease.release().await;
+        let (lease, absent) = Lease::acquire(&places, &tenant("b"), Patience::None).await.unwrap();
+        assert_eq!((lease.parts().len(), absent.len()), (2, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn out_of_the_stores_reach_it_is_not_trusted_and_counts_again_when_nobody_took_it() {
+        let store = FaultyStore::new(1);
+        let places = [place(0, &store)];
+        let (lease, _) = Lease::acquire(&places, &tenant("a"), Patience::None).await.unwrap();
+        store.set_outage(true);
+        tokio::time::sleep(seconds(21)).await;
+        assert!(!lease.parts()[0].is_valid());
+        lease.parts()[0].confirm().await.unwrap_err();
+        store.set_outage(false);
+        lease.parts()[0].confirm().await.unwrap();
+        // The same, but somebody else was there.
+        store.set_outage(true);
+        tokio::time::sleep(seconds(60)).await;
+        let other = FaultyStore::around(store.memory().clone(), 2);
+        let (other, _) = Lease::acquire(&[place(0, &other)], &tenant("b"), Patience::None).await.unwrap();
+        store.set_outage(false);
+        lease.lost().cancelled().await;
+        assert!(lease.parts()[0].confirm().await.unwrap_err().message.contains("was lost"));
+        other.parts()[0].confirm().await.unwrap();
+    }
+
+    /// On a store that loses answers and hangs, several take turns; nobody commits beside another.
+    #[tokio::test(start_paused = true)]
+    async fn they_take_turns_on_a_bad_store() {
+        for seed in 0..20 {
+            let store = FaultyStore::new(seed);
+            store.set_faults(Faults::some());
+            let trusting: Arc<Mutex<BTreeSet<usize>>> = Arc::default();
+            let one = |number: usize, trusting: Arc<Mutex<BTreeSet<usize>>>, place: Place| async move {
+                for round in 0..3 {
+                    let name = format!("{number}-{round}");
+                    let Ok((lease, _)) = Lease::acquire(&[place.clone()], &tenant(&name), Patience::Wait).await else {
+                        continue;
+                    };
+                    for _ in 0..30 {
+                        tokio::time::sleep(seconds(1)).await;
+                        let mut all = trusting.lock().unwrap();
+                        match lease.parts()[0].is_valid() {
+                            true => all.insert(number),
+                            false => all.remove(&number),
+                        };
+                        assert!(all.len() <= 1, "seed {seed}: {all:?}");
+                    }
+                    trusting.lock().unwrap().remove(&number);
+                    match round {
+                        // As killed.
+                        1 => drop(lease),
+                        _ => lease.release().await,
+                    }
+                }
+            };
+            let all = (0..3).map(|number| tokio::spawn(one(number, trusting.clone(), place(0, &store))));
+            for done in future::join_all(all).await {
+                done.unwrap();
             }
         }
     }

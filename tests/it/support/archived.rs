@@ -50,7 +50,7 @@ impl Archived {
     pub fn point_at(&self, conninfo: &str) {
         let text = format!(
             "[clusters.main]\npostgres = \"{conninfo}\"\nslot = \"{SLOT}\"\nrepositories = [\"local\"]\n\
-             tail_interval = \"200ms\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
+             backup.automatic = false\ntail_interval = \"200ms\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
             self.repository().display()
         );
         fs::write(self.config(), text).expect("a configuration can be written");
@@ -248,7 +248,7 @@ pub fn zstd_decode(path: &Path) -> Vec<u8> {
     output.stdout
 }
 
-fn block_on<T>(work: impl Future<Output = T>) -> T {
+pub fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime can be made").block_on(work)
 }

@@ -23,6 +23,9 @@ use super::process::{self, Scratch};
 /// For whatever an agent does by itself; far more than it takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(90);
 
+/// For tests that are about WAL alone: the first base backup would be one more thing that happens.
+pub const NO_BACKUPS: &str = "backup.automatic = false\n";
+
 #[derive(Debug)]
 pub struct Rig {
     pub server: Server,
@@ -41,7 +44,7 @@ pub struct Slot {
 
 impl Rig {
     pub fn new(server: Server) -> Rig {
-        Rig { server, scratch: Scratch::new(), settings: "tail_interval = \"200ms\"\n".into() }
+        Rig { server, scratch: Scratch::new(), settings: format!("{NO_BACKUPS}tail_interval = \"200ms\"\n") }
     }
 
     /// The repository's own volume, which a test may take away.

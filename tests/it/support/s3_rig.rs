@@ -92,7 +92,7 @@ impl S3Rig<'_> {
         let path = self.scratch.join("seawall.toml");
         let text = format!(
             "[clusters.main]\npostgres = \"{}\"\nslot = \"{}\"\nrepositories = [\"offsite\"]\n\
-             tail_interval = \"200ms\"\n{}\n[repositories.offsite]\nurl = \"s3://{}/some/prefix\"\n\
+             backup.automatic = false\ntail_interval = \"200ms\"\n{}\n[repositories.offsite]\nurl = \"s3://{}/some/prefix\"\n\
              endpoint = \"{}\"\nregion = \"{}\"\n{}",
             self.server.conninfo(),
             self.slot,
