@@ -9,6 +9,7 @@ mod end_to_end;
 mod hostile;
 mod many;
 mod monitoring;
+mod prefetch;
 mod readers;
 mod readme;
 mod s3_conformance;

@@ -160,7 +160,7 @@ impl World {
 }
 
 fn holder(repository: &str, backend: Arc<dyn Backend>) -> Holder {
-    Holder { repository: repository.to_string(), archive: Archive::new(backend, lineage()) }
+    Holder::new(repository, Archive::new(backend, lineage()))
 }
 
 fn wal_get_from(backend: Arc<dyn Backend>) -> WalGet {
