@@ -249,6 +249,7 @@ fn recovering(backup: &BaseBackup, archive: &Archived, path: &History) -> postgr
     let end = end.replace(" \"--ahead\" \"64MiB\"", "");
     backup
         .recover(&restore)
+        .setting("min_wal_size", "256MB")
         .setting("recovery_end_command", &end)
         .setting("recovery_target_timeline", &path.timeline.to_string())
 }
@@ -418,6 +419,7 @@ fn a_store_at_a_distance_is_asked_ahead_of_time_and_sparingly() {
     assert!(polls.values().all(|&requests| requests <= 4), "{polls:?}");
 
     // A store that fails is an error of wal-get's, never the end of WAL; what is ready is handed over all the same.
+    store.heal();
     store.fault(Rule::new(Fault::error(500, "InternalError")));
     let impatient = ["--patience", "500ms"];
     let asked = directory.ask(&mut s3_wal_get(&rig, &impatient), &next.to_string());
