@@ -12,6 +12,7 @@ mod forks;
 mod hostile;
 mod many;
 mod monitoring;
+mod prefetch;
 mod readers;
 mod readme;
 mod s3_conformance;

@@ -40,6 +40,7 @@ const PURE: &[&str] = &[
     "src/catalog/shelf.rs",
     "src/replication/base_backup.rs",
     "src/monitor/backup.rs",
+    "src/restore/prefetch/window.rs",
     "src/monitor/health.rs",
     "src/monitor/status.rs",
     "src/error.rs",
@@ -75,6 +76,7 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("metrics_exporter_prometheus", &["src/monitor/"]),
     ("x509_parser", &["src/replication/"]),
     ("rustls_native_certs", &["src/replication/"]),
+    ("close_fds", &["src/cli/wal_get/helper.rs"]),
 ];
 
 /// The folders and files directly below src/, lowest first: a module imports from its own level or below.
