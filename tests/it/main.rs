@@ -1,5 +1,6 @@
 //! The integration tests: one binary, so that they link once and share one support module.
 
+mod backups;
 mod cli;
 mod crash;
 mod demo;
