@@ -1,6 +1,7 @@
 //! The integration tests: one binary, so that they link once and share one support module.
 
 mod backup_agent;
+mod backups;
 mod cli;
 mod crash;
 mod demo;
