@@ -236,13 +236,13 @@ impl ClusterAgent {
 
     /// Streams, timeline after timeline, as long as the connection lasts.
     async fn stream(&mut self, prepared: Prepared) -> Result<Round, Failure> {
-        let Prepared { connection, mut opening, server, start, slot_restart, slot_cause, login } = prepared;
+        let Prepared { connection, mut opening, server, start, seen, slot_restart, slot_cause, login } = prepared;
         let (timeline, segment_start) = (start.frontier.timeline, start.frontier.segment_start);
         let durable_before = start.frontier.stored().record_end;
         let lineage = opening.present[0].archive.lineage.clone();
         let planned: Vec<usize> = opening.present.iter().map(|opened| opened.index).collect();
         let held = self.held_epoch(&lineage);
-        let turn = standby::take_or_wait(&self.world, &self.options, &mut opening, held).await?;
+        let turn = standby::take_or_wait(&self.world, &self.options, &mut opening, held, seen).await?;
         self.ends_when_refused = false;
         let epoch = match turn {
             standby::Turn::Ours { epoch, newcomers } => {
@@ -469,6 +469,8 @@ struct Prepared {
     opening: Opening,
     server: Server,
     start: Resumption,
+    /// The highest epoch in which something was stored.
+    seen: Epoch,
     slot_restart: Lsn,
     /// Why the slot might not hold what is asked for.
     slot_cause: String,
@@ -498,6 +500,7 @@ async fn prepare(
     };
     let recent =
         opening.in_each(|opened| async move { startup::read_recent(&opened.archive, asked, held_from).await }).await?;
+    let seen = recent.iter().map(startup::Recent::highest_epoch).max().unwrap_or_default();
     let start = startup::plan_start(&opening.file, &server, held_from, &recent)?;
     let archives: Vec<Archive> = opening.present.iter().map(|opened| opened.archive.clone()).collect();
     if let Some(lost) = start.lost {
@@ -520,7 +523,7 @@ async fn prepare(
     };
     start_replication(&mut connection, options, &start.frontier).await?;
     let slot_restart = slot_restart.unwrap_or(Lsn::ZERO);
-    Ok(Prepared { connection, login, opening, server, start, slot_restart, slot_cause })
+    Ok(Prepared { connection, login, opening, server, start, seen, slot_restart, slot_cause })
 }
 
 /// Creates the slot where it is missing or lost; says why the archive may have a gap.

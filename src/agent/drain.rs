@@ -241,7 +241,7 @@ impl<'a> Drain<'a> {
                 return Ok(Outcome { end: stored, read_to: ahead.position.max(stored), fault });
             }
         }
-        let Some(epoch) = self.epoch(held).await? else {
+        let Some(epoch) = self.epoch(held, &frontier).await? else {
             let fault = "another agent has written to the archive since".to_string();
             return Ok(Outcome { end: stored, read_to: ahead.position, fault: Some(fault) });
         };
@@ -297,12 +297,17 @@ impl<'a> Drain<'a> {
 
     /// An epoch to write under; `None` when somebody else took one after this WAL was received: whoever that is
     /// decides what the archive holds.
-    async fn epoch(&mut self, held: &mut Option<(Lineage, Epoch)>) -> Result<Option<Epoch>, Failure> {
+    async fn epoch(
+        &mut self,
+        held: &mut Option<(Lineage, Epoch)>,
+        frontier: &Frontier,
+    ) -> Result<Option<Epoch>, Failure> {
+        let seen = frontier.tails.iter().map(|tail| tail.epoch).max().unwrap_or_default();
         let lineage = &self.archive.lineage;
         let ours = held.as_ref().filter(|(of, _)| of == lineage).map(|(_, epoch)| *epoch);
         let highest = self.archive.highest_writer().await?;
         if let Some(writer) = highest {
-            if Some(writer.epoch) == ours {
+            if Some(writer.epoch) == ours && writer.epoch >= seen {
                 return Ok(ours);
             }
             // Taken by an agent here that died before it could note it in the spool.
@@ -312,7 +317,10 @@ impl<'a> Drain<'a> {
             }
         }
         let (slot, host, now) = (self.options.slot.as_str(), self.options.host.as_deref(), self.world.clock.now());
-        let epoch = self.archive.take_epoch(slot, host, env!("CARGO_PKG_VERSION"), now).await?;
+        let epoch = self
+            .archive
+            .take_epoch(seen.max(self.destination.epoch), slot, host, env!("CARGO_PKG_VERSION"), now)
+            .await?;
         for known in &mut self.marker.repositories {
             if known.id == self.destination.id {
                 known.epoch = epoch;

@@ -113,7 +113,11 @@ impl Look {
 pub async fn look(repository: &Repository, cluster: &str) -> Result<Look, Failure> {
     let backend = repository.backend.as_ref();
     let looked = async {
-        let file = match store::read_repository(backend).await {
+        let read = async {
+            backend.look_anew().await?;
+            store::read_repository(backend).await
+        };
+        let file = match read.await {
             Err(CatalogError::Store(error)) if error.is(StoreErrorKind::RootMissing) => {
                 return Ok(Look { file: None, missing: Some(error), lineages: Vec::new() });
             }

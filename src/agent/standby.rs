@@ -41,12 +41,15 @@ const TAKE_ATTEMPTS: u32 = 16;
 /// Keeps `held`, the epoch this process took before, while it is the highest; else takes the next one, where the
 /// highest is not another slot's. START_REPLICATION was granted on our slot: no other agent streams from it.
 ///
-/// One number in all repositories: the highest of any of them decides.
+/// One number in all repositories: the highest of any of them decides. Not below `seen`, the highest that objects carry
+/// in their names: one that was emptied has lost its writers, and may have been written to afterwards by one who did not
+/// know. Tails of a lower epoch would not count beside those.
 pub async fn take_or_wait(
     world: &World,
     options: &ClusterOptions,
     opening: &mut Opening,
     held: Option<Epoch>,
+    seen: Epoch,
 ) -> Result<Turn, Failure> {
     let writers = opening.in_each(|opened| async move { Ok(opened.archive.highest_writer().await?) }).await?;
     // The same number may be another's, taken where we were not.
@@ -56,7 +59,7 @@ pub async fn take_or_wait(
     let numbered = || writers.iter().enumerate().filter_map(|(at, writer)| Some((at, writer.as_ref()?)));
     let highest = numbered().max_by_key(|(_, writer)| (writer.epoch, !is_ours(writer)));
     match highest {
-        Some((_, writer)) if is_ours(writer) => {
+        Some((_, writer)) if is_ours(writer) && writer.epoch >= seen => {
             let epoch = writer.epoch;
             let lacks =
                 opening.present.iter().zip(&writers).filter(|(_, writer)| !writer.as_ref().is_some_and(is_ours));
@@ -71,17 +74,17 @@ pub async fn take_or_wait(
             Ok(Turn::Theirs { writer: writer.clone(), archive: opening.present[at].archive.clone() })
         }
         _ => {
-            let epoch = take(world, options, opening).await?;
+            let epoch = take(world, options, opening, held.unwrap_or_default().max(seen)).await?;
             Ok(Turn::Ours { epoch, newcomers: opening.present.iter().map(|opened| opened.index).collect() })
         }
     }
 }
 
-/// Takes the number after the highest, in every repository.
-async fn take(world: &World, options: &ClusterOptions, opening: &mut Opening) -> Result<Epoch, Failure> {
+/// Takes the number after the highest, and after `above`, in every repository.
+async fn take(world: &World, options: &ClusterOptions, opening: &mut Opening, above: Epoch) -> Result<Epoch, Failure> {
     for _ in 0..TAKE_ATTEMPTS {
         let highest = opening.in_each(|opened| async move { Ok(opened.archive.highest_epoch().await?) }).await?;
-        let highest = highest.into_iter().flatten().max().unwrap_or_default();
+        let highest = highest.into_iter().flatten().fold(above, Epoch::max);
         let Some(next) = highest.0.checked_add(1).map(Epoch) else { break };
         let all: Vec<usize> = opening.present.iter().map(|opened| opened.index).collect();
         if claim(world, options, opening, next, &all).await? {
@@ -142,7 +145,7 @@ pub async fn wait(
         }
         let behind = stored.is_none_or(|stored| stored.record_end < identity.flush_lsn);
         if behind && seen_at.elapsed() >= STILL {
-            let epoch = take(world, options, opening).await?;
+            let epoch = take(world, options, opening, Epoch::default()).await?;
             tracing::warn!(%epoch, "the other agent has stood still for {STILL:?} while the server is ahead: taking over");
             return Ok(());
         }

@@ -16,7 +16,7 @@ use crate::continuity::{self, Run};
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::receiver::resume::{self, Frontier, Plan, ServerPosition};
 use crate::replication::{Connection, SystemIdentity};
-use crate::repository::layout::TailName;
+use crate::repository::layout::{Epoch, TailName};
 use crate::wal::{Carry, History, Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// A server as it introduces itself.
@@ -145,6 +145,15 @@ pub async fn read_recent(archive: &Archive, server: &Server, held_from: Lsn) -> 
 impl Recent {
     fn directories(&self) -> impl Iterator<Item = &DirectoryContents> {
         self.timelines.values().flatten()
+    }
+
+    /// The highest epoch in which something was stored.
+    pub fn highest_epoch(&self) -> Epoch {
+        let of_directory = |directory: &DirectoryContents| {
+            let tails = directory.tails.values().flatten().map(|tail| tail.name.epoch);
+            tails.chain(directory.index_files.iter().map(|(name, _)| name.epoch)).max()
+        };
+        self.directories().filter_map(of_directory).max().unwrap_or_default()
     }
 
     /// Two contents for one name are in the archive: nothing can be continued from there.

@@ -281,16 +281,17 @@ impl Archive {
         }
     }
 
-    /// Takes the next epoch. Whoever is faster gets the number, and this one the number after it.
+    /// Takes the next epoch, above `above`. Whoever is faster gets the number, and this one the number after it.
     pub async fn take_epoch(
         &self,
+        above: Epoch,
         slot: &str,
         host: Option<&str>,
         version: &str,
         now: Timestamp,
     ) -> Result<Epoch, CatalogError> {
         for _ in 0..EPOCH_ATTEMPTS {
-            let highest = self.epochs().await?.last().copied().unwrap_or_default();
+            let highest = self.epochs().await?.last().copied().unwrap_or_default().max(above);
             let Some(next) = highest.0.checked_add(1).map(Epoch) else { break };
             if self.claim_epoch(next, slot, host, version, now).await? {
                 return Ok(next);

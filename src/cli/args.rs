@@ -8,7 +8,9 @@ use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use jiff::Timestamp;
 
 use crate::config::{Flags, label_fault, parse_duration, parse_size};
+use crate::repository::layout::BackupId;
 use crate::restore::marker::RestoreId;
+use crate::restore::target::{Action, TimelineChoice};
 use crate::telemetry::{LogFormat, Verbosity};
 use crate::wal::{Lsn, SegmentName, TimelineId};
 
@@ -119,6 +121,8 @@ pub enum Command {
     Window(WindowArgs),
     /// When did it happen: dropped and truncated relations, restore points; each with the restore that stops before it
     Find(FindArgs),
+    /// Bring a server back, to any instant: choose, fetch and verify a backup, and set up its recovery
+    Restore(RestoreArgs),
     /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
     WalGet(WalGetArgs),
 }
@@ -264,6 +268,77 @@ pub struct WalGetArgs {
     /// How long an unavailable store is asked again
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
     pub patience: Duration,
+}
+
+/// Chooses backup and timelines by itself, and refuses what cannot be reached, naming what can be. A time stops after the
+/// last transaction that ended at or before it. Exit code 1: the target cannot be reached.
+#[derive(Args, Debug)]
+pub struct RestoreArgs {
+    /// The data directory to create. It must be empty or absent, unless --delta is given
+    #[arg(long, value_name = "DIR", required_unless_present = "plan")]
+    pub pgdata: Option<PathBuf>,
+    /// latest, immediate, a time with its zone ("2026-11-22 14:05:00+01"), lsn:X/X, xid:N or name:TEXT
+    #[arg(long, value_name = "TARGET", default_value = "latest")]
+    pub to: String,
+    /// The zone of a time that names none, such as Europe/Berlin or +01:00
+    #[arg(long, value_name = "ZONE")]
+    pub tz: Option<String>,
+    /// Only say what would be done
+    #[arg(long)]
+    pub plan: bool,
+    /// Stop just before the target instead of after it
+    #[arg(long)]
+    pub exclusive: bool,
+    /// Which line of history: latest, current (the backup's), or a number
+    #[arg(long, value_name = "latest|current|N", default_value = "latest")]
+    pub timeline: TimelineChoice,
+    /// What the server does at the target
+    #[arg(long, value_enum, default_value_t)]
+    pub action: ActionArg,
+    /// This backup instead of the one that suits best
+    #[arg(long, value_name = "BACKUP")]
+    pub backup: Option<BackupId>,
+    /// A standby: it replays whatever comes, and has no target
+    #[arg(long, conflicts_with_all = ["to", "exclusive", "action"])]
+    pub standby: bool,
+    /// With --standby: the server to stream from as well
+    #[arg(long, value_name = "CONNINFO", requires = "standby")]
+    pub primary_conninfo: Option<String>,
+    /// Put a tablespace elsewhere; may be repeated
+    #[arg(long, value_name = "OLD=NEW")]
+    pub tablespace: Vec<String>,
+    /// Use what is in the directory already: files whose checksum matches are kept, all others replaced or removed
+    #[arg(long)]
+    pub delta: bool,
+    /// As root: whose the files will be (default: the owner of the directory the data directory lies in)
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub owner: Option<String>,
+    /// Volumes fetched at the same time
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub jobs: Option<u16>,
+    /// A directory of the cluster in the repository: <system-id> or <system-id>-<n>; otherwise the newest
+    #[arg(long, value_name = "NAME")]
+    pub lineage: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, ValueEnum)]
+pub enum ActionArg {
+    /// It is a server of its own, on a new timeline
+    #[default]
+    Promote,
+    /// It can be looked at, and waits for pg_wal_replay_resume()
+    Pause,
+    Shutdown,
+}
+
+impl From<ActionArg> for Action {
+    fn from(action: ActionArg) -> Action {
+        match action {
+            ActionArg::Promote => Action::Promote,
+            ActionArg::Pause => Action::Pause,
+            ActionArg::Shutdown => Action::Shutdown,
+        }
+    }
 }
 
 fn label(text: &str) -> Result<String, String> {

@@ -33,7 +33,8 @@ const SAY_INTERVAL: Duration = Duration::from_secs(10);
 
 pub fn run(global: &Global, args: &BackupArgs) -> Result<Verdict, Failure> {
     let cluster = setup::cluster(global)?;
-    let (entry, failed) = setup::block_on_threads(take(&cluster, args, global))??;
+    let (entry, failed) =
+        setup::block_on_threads(setup::threads_for_roots(cluster.repositories.len()), take(&cluster, args, global))??;
     match global.json {
         true => output::json(&entry),
         false => output::text(&line(&entry)),

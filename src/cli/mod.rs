@@ -18,6 +18,7 @@ mod output;
 mod pin;
 mod repositories;
 mod restorable;
+mod restore;
 mod run;
 mod server;
 mod setup;
@@ -151,6 +152,7 @@ fn run(cli: &Cli, contract: Contract) -> u8 {
         Command::Unpin(args) => pin::run(global, args, pin::Word::Unpin),
         Command::Gaps(args) => gaps::run(global, args),
         Command::Window(args) => window::run(global, args),
+        Command::Restore(args) => restore::run(global, args),
         Command::Find(args) => find::run(global, args),
         Command::WalGet(args) => wal_get::run(global, args),
     };

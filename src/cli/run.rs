@@ -22,10 +22,11 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
     let (clusters, http) = setup::clusters_and_http(global)?;
     let spool = setup::spool_share(global)?;
     let workers = Workers::threads(setup::cores());
+    let mut stores = setup::Stores::default();
     let assignments: Vec<Assignment> = clusters
         .iter()
         .map(|cluster| {
-            let mut world = setup::world(cluster, workers.clone());
+            let mut world = setup::world_among(&mut stores, cluster, workers.clone());
             if http.is_some() {
                 world = setup::metered(world, cluster);
             }
@@ -39,8 +40,9 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
             repositories = %urls(cluster), version = env!("CARGO_PKG_VERSION"), "archiving"
         );
     }
-    setup::block_on_threads(async {
-        tokio::spawn(setup::clean_debris(clusters));
+    let threads = stores.threads(&clusters, spool.is_some());
+    setup::block_on_threads(threads, async {
+        tokio::spawn(setup::clean_debris(stores, clusters));
         serve(assignments, http, args.until).await
     })??;
     Ok(Verdict::Fine)

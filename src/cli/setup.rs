@@ -1,9 +1,10 @@
 //! Owns: from what was typed to what works: configuration, repository, logins, the world of an agent, runtimes.
 //! Does not own: what is done with them (the verbs).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::num::NonZero;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,12 +23,16 @@ use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
 use crate::replication::base_backup::ServerCompression;
 use crate::replication::{Login, NetDialer, SlotName};
-use crate::repository::{Backend, LocalBackend, MeteredBackend, S3Backend, StoreErrorKind};
+use crate::repository::{Backend, LocalBackend, MeteredBackend, S3Backend, StoreErrorKind, THREADS_PER_ROOT};
 use crate::spool::SpoolOptions;
 use crate::telemetry::meters::StoreMeter;
 
-/// Store calls in the hands of the kernel, and a few threads for name resolution, beside the compressing ones.
-const BLOCKING_THREADS: usize = 40;
+/// Threads for name resolution and small files, beside those for stores, spool and compression.
+const SPARE_THREADS: usize = 8;
+/// What a cluster can have under way on the spool's disk: a write, and for each repository the reads of four segments,
+/// of one that is moved, and of a tail.
+const SPOOL_WRITES: usize = 1;
+const SPOOL_READS: usize = 6;
 /// A thread that has nothing to do gives its stack and its heap back soon.
 const THREAD_KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// What a stuck store call may delay the end of the process by: everything that counts was waited for before.
@@ -84,15 +89,45 @@ pub fn archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
     Ok(Config::load_archives(sources)?)
 }
 
-pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
-    match &repository.location {
-        Location::Local(path) => Arc::new(LocalBackend::open(path.clone())),
-        Location::S3(options) => Arc::new(S3Backend::open(options.clone())),
-    }
+/// The file the configuration is read from, if there is one.
+pub fn config_path(global: &Global) -> Result<Option<std::path::PathBuf>, Failure> {
+    let flags = global.flags();
+    let sources = Sources { path: global.config.as_deref(), environment: &SystemEnvironment, flags: &flags };
+    Ok(crate::config::file_path(sources)?)
 }
 
-fn repository(config: &RepositoryConfig) -> Repository {
-    Repository { name: config.name.clone(), backend: backend(config) }
+pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
+    Stores::default().backend(repository)
+}
+
+/// The stores of one process: a directory is one, whichever clusters archive there, so that what a hung disk may hold
+/// is bounded for all of them together.
+#[derive(Debug, Default)]
+pub struct Stores {
+    local: BTreeMap<PathBuf, LocalBackend>,
+}
+
+impl Stores {
+    pub fn backend(&mut self, repository: &RepositoryConfig) -> Arc<dyn Backend> {
+        match &repository.location {
+            Location::Local(root) => Arc::new(self.local(root)),
+            Location::S3(options) => Arc::new(S3Backend::open(options.clone())),
+        }
+    }
+
+    fn local(&mut self, root: &Path) -> LocalBackend {
+        let key = std::path::absolute(root).unwrap_or_else(|_| root.to_path_buf());
+        let first = self.local.entry(key).or_insert_with(|| LocalBackend::open(root.to_path_buf()));
+        first.beside()
+    }
+
+    /// How many threads there must be for blocking work, so that every disk there is may hang and name resolution and
+    /// compression still find one. Most are never started.
+    pub fn threads(&self, clusters: &[ClusterConfig], has_spool: bool) -> usize {
+        let on_spool = |cluster: &ClusterConfig| SPOOL_WRITES + SPOOL_READS * cluster.repositories.len();
+        let spool: usize = if has_spool { clusters.iter().map(on_spool).sum() } else { 0 };
+        SPARE_THREADS + cores() + self.local.len() * THREADS_PER_ROOT + spool
+    }
 }
 
 pub fn slot_name(cluster: &ClusterConfig) -> Result<SlotName, Failure> {
@@ -101,6 +136,13 @@ pub fn slot_name(cluster: &ClusterConfig) -> Result<SlotName, Failure> {
 
 /// The real world of one cluster.
 pub fn world(cluster: &ClusterConfig, workers: Workers) -> World {
+    world_among(&mut Stores::default(), cluster, workers)
+}
+
+/// The same, of one cluster among several.
+pub fn world_among(stores: &mut Stores, cluster: &ClusterConfig, workers: Workers) -> World {
+    let repository =
+        |config: &RepositoryConfig| Repository { name: config.name.clone(), backend: stores.backend(config) };
     World {
         dialer: Arc::new(NetDialer),
         logins: Arc::new(ConfiguredLogins::new(cluster.postgres.clone())),
@@ -219,18 +261,24 @@ pub fn cores() -> usize {
 
 /// Runs a command that asks and answers.
 pub fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
-    finish(runtime::Builder::new_current_thread(), work)
+    finish(runtime::Builder::new_current_thread(), threads_for_roots(1), work)
 }
 
-/// Runs the agent: two threads are enough for the network, the rest is compressing and the store's calls.
-pub fn block_on_threads<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+/// Blocking threads of a command that works with so many directories at the same time.
+pub fn threads_for_roots(roots: usize) -> usize {
+    SPARE_THREADS + cores() + roots * THREADS_PER_ROOT
+}
+
+/// Runs the agent: two threads are enough for the network, the rest is compressing and the store's calls, on as many
+/// as `blocking` threads ([`Stores::threads`]).
+pub fn block_on_threads<T>(blocking: usize, work: impl Future<Output = T>) -> Result<T, Failure> {
     let mut builder = runtime::Builder::new_multi_thread();
     builder.worker_threads(cores().min(2));
-    finish(builder, work)
+    finish(builder, blocking, work)
 }
 
-fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Result<T, Failure> {
-    builder.enable_all().max_blocking_threads(BLOCKING_THREADS + cores()).thread_keep_alive(THREAD_KEEP_ALIVE);
+fn finish<T>(mut builder: runtime::Builder, blocking: usize, work: impl Future<Output = T>) -> Result<T, Failure> {
+    builder.enable_all().max_blocking_threads(blocking).thread_keep_alive(THREAD_KEEP_ALIVE);
     let runtime = builder.build().map_err(|error| {
         Failure::new(ExitCode::Unavailable, format!("could not start threads: {error}"))
             .hint("does a limit on processes or memory apply to this user?")
@@ -241,7 +289,7 @@ fn finish<T>(mut builder: runtime::Builder, work: impl Future<Output = T>) -> Re
 }
 
 /// Removes what killed writers left unfinished in repositories, once the agent is under way.
-pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
+pub async fn clean_debris(mut stores: Stores, clusters: Vec<ClusterConfig>) {
     /// No upload takes longer; a younger file may be another agent's.
     const AGE: Duration = Duration::from_secs(24 * 3600);
     let mut seen = BTreeSet::new();
@@ -250,7 +298,7 @@ pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
             continue;
         }
         let cleaned = match repository.location.clone() {
-            Location::Local(root) => LocalBackend::open(root).clean_debris(AGE).await,
+            Location::Local(root) => stores.local(&root).clean_debris(AGE).await,
             Location::S3(options) => S3Backend::open(options).clean_debris(AGE).await,
         };
         match cleaned {
@@ -261,5 +309,25 @@ pub async fn clean_debris(clusters: Vec<ClusterConfig>) {
             }
             Err(error) => tracing::debug!(%error, "unfinished files or uploads stay"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_directory_has_its_threads_however_many_clusters_use_it() {
+        let repository = |name: &str| RepositoryConfig {
+            name: name.into(),
+            url: format!("file:///{name}"),
+            location: Location::Local(format!("/{name}").into()),
+        };
+        let mut stores = Stores::default();
+        let before = stores.threads(&[], false);
+        for name in ["one", "other", "one", "one"] {
+            stores.backend(&repository(name));
+        }
+        assert_eq!(stores.threads(&[], false), before + 2 * THREADS_PER_ROOT);
     }
 }

@@ -216,6 +216,11 @@ impl Config {
         tree.tables(Group::Clusters).map(archive).collect()
     }
 
+    /// The file that a configuration is read from, if there is one.
+    pub fn path(sources: Sources<'_>) -> Result<Option<PathBuf>, ConfigError> {
+        Ok(find_file(sources)?.map(|(path, _)| path))
+    }
+
     fn layers(sources: Sources<'_>, any_cluster: bool) -> Result<Layers, ConfigError> {
         let mut tree = Tree::default();
         let file = find_file(sources)?;
@@ -254,6 +259,11 @@ impl Config {
 }
 
 // Finding and reading.
+
+/// Which file the configuration is read from; `None`: there is none, and flags and variables say it all.
+pub fn file_path(sources: Sources<'_>) -> Result<Option<PathBuf>, ConfigError> {
+    Ok(find_file(sources)?.map(|(path, _)| path))
+}
 
 /// The named file, which must exist, or the first that does.
 fn find_file(sources: Sources<'_>) -> Result<Option<(PathBuf, FileContent)>, ConfigError> {

@@ -108,6 +108,12 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Names directly below `directory` (`None`: the root), sorted; an absent directory is empty.
     async fn list(&self, directory: Option<&Key>) -> Result<Vec<Entry>, StoreError>;
 
+    /// Takes the place for what it is now, where it may be another than before: a directory made anew in the place of one
+    /// that was lost. Before a repository is opened, never while it is written to.
+    async fn look_anew(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     /// Creates the place itself, where that is a directory and its parent is there; one that exists is kept.
     /// Only for a repository that begins: a missing root is an unmounted volume far more often.
     async fn create_missing_root(&self) -> Result<(), StoreError> {

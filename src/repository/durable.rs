@@ -31,7 +31,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use bytes::Bytes;
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RenameFlags, Uid};
 use rustix::io::Errno;
 
 /// Files that have no name of their own yet. Never listed as objects; removed when left over.
@@ -143,6 +143,14 @@ impl Directory {
         Ok(file)
     }
 
+    /// Holds an exclusive lock on the directory itself until what comes back is dropped. `WouldBlock` while another
+    /// process holds it.
+    pub fn lock(&self) -> io::Result<Directory> {
+        let again = self.open_below(".")?;
+        rustix::fs::flock(&again.0, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(again)
+    }
+
     /// Removes a name. Not synced: for what does no harm when it comes back.
     pub fn unlink(&self, name: impl AsRef<Path>) -> io::Result<()> {
         Ok(rustix::fs::unlinkat(&self.0, name.as_ref(), AtFlags::empty())?)
@@ -157,6 +165,107 @@ impl Directory {
                 rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?;
             }
             result => result?,
+        }
+        self.sync()
+    }
+
+    /// Opens a directory directly below. A symbolic link in its place leads nowhere: `NotADirectory`.
+    pub fn open_child(&self, name: impl AsRef<Path>) -> io::Result<Directory> {
+        let flags = Self::flags() | OFlags::NOFOLLOW;
+        Ok(Directory(rustix::fs::openat(&self.0, name.as_ref(), flags, Mode::empty())?))
+    }
+
+    /// Creates a directory directly below, with exactly this mode; `AlreadyExists` when the name is taken. Not synced.
+    pub fn make_child(&self, name: impl AsRef<Path>, mode: Mode, owner: Option<(Uid, Gid)>) -> io::Result<Directory> {
+        rustix::fs::mkdirat(&self.0, name.as_ref(), DIRECTORY_MODE)?;
+        let child = self.open_child(name)?;
+        child.set_access(mode, owner)?;
+        Ok(child)
+    }
+
+    /// Gives the directory itself this mode and, where it is said, this owner.
+    pub fn set_access(&self, mode: Mode, owner: Option<(Uid, Gid)>) -> io::Result<()> {
+        if let Some((uid, gid)) = owner {
+            rustix::fs::fchown(&self.0, Some(uid), Some(gid))?;
+        }
+        Ok(rustix::fs::fchmod(&self.0, mode)?)
+    }
+
+    /// A new file to write from its beginning, with exactly this mode; `AlreadyExists` when the name is taken, by a
+    /// link too. Not synced.
+    pub fn create_plain(&self, name: impl AsRef<Path>, mode: Mode, owner: Option<(Uid, Gid)>) -> io::Result<File> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file: File = rustix::fs::openat(&self.0, name.as_ref(), flags, FILE_MODE)?.into();
+        if let Some((uid, gid)) = owner {
+            rustix::fs::fchown(&file, Some(uid), Some(gid))?;
+        }
+        if mode != FILE_MODE {
+            rustix::fs::fchmod(&file, mode)?;
+        }
+        Ok(file)
+    }
+
+    /// A symbolic link of this name; `AlreadyExists` when the name is taken. Not synced.
+    pub fn make_link(&self, name: impl AsRef<Path>, target: &Path, owner: Option<(Uid, Gid)>) -> io::Result<()> {
+        rustix::fs::symlinkat(target, &self.0, name.as_ref())?;
+        if let Some((uid, gid)) = owner {
+            rustix::fs::chownat(&self.0, name.as_ref(), Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+        }
+        Ok(())
+    }
+
+    /// Where a symbolic link leads; `InvalidInput` for what is none.
+    pub fn read_link(&self, name: impl AsRef<Path>) -> io::Result<std::path::PathBuf> {
+        let target = rustix::fs::readlinkat(&self.0, name.as_ref(), Vec::new())?;
+        let target: std::ffi::OsString = std::os::unix::ffi::OsStringExt::from_vec(target.into_bytes());
+        Ok(target.into())
+    }
+
+    /// Gives a file that is on the disk its final name in the same directory, durably, in place of any other.
+    pub fn put_in_place(&self, name: impl AsRef<Path>, other: impl AsRef<Path>) -> io::Result<()> {
+        rustix::fs::renameat(&self.0, name.as_ref(), &self.0, other.as_ref())?;
+        self.sync()
+    }
+
+    /// Makes everything below durable: each file and directory, and the names of them. Symbolic links are names, and
+    /// are not followed. `watched` was opened on the same file system before the first byte was written.
+    pub fn sync_tree(&self, watched: &Directory) -> io::Result<()> {
+        match watched.tells_write_errors()? {
+            true => retry_interrupted(|| rustix::fs::syncfs(&watched.0)),
+            false => self.sync_each(),
+        }
+    }
+
+    /// Whether one `syncfs` does what an fsync of each file would: since Linux 5.8 it answers with every failed write
+    /// since the directory was opened, if the file system is one that writes everything out when asked to.
+    fn tells_write_errors(&self) -> io::Result<bool> {
+        const EXT: u64 = 0xEF53;
+        const XFS: u64 = 0x5846_5342;
+        const BTRFS: u64 = 0x9123_683E;
+        const F2FS: u64 = 0xF2F5_2010;
+        const TMPFS: u64 = 0x0102_1994;
+        let known = [EXT, XFS, BTRFS, F2FS, TMPFS].contains(&u64::try_from(self.file_system()?.f_type).unwrap_or(0));
+        let release = rustix::system::uname();
+        let mut numbers = release.release().to_str().unwrap_or("").split(|c: char| !c.is_ascii_digit());
+        let mut number = || numbers.next().and_then(|digits| digits.parse::<u32>().ok()).unwrap_or(0);
+        Ok(known && (number(), number()) >= (5, 8))
+    }
+
+    fn sync_each(&self) -> io::Result<()> {
+        for entry in self.read()? {
+            let entry = entry?;
+            let name = Path::new(<OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(entry.file_name().to_bytes()));
+            if name == Path::new(".") || name == Path::new("..") {
+                continue;
+            }
+            match FileType::from_raw_mode(self.stat_link(name)?.st_mode) {
+                FileType::Directory => self.open_child(name)?.sync_each()?,
+                FileType::RegularFile => {
+                    let file = self.open_file(name)?;
+                    retry_interrupted(|| rustix::fs::fsync(&file))?;
+                }
+                _ => {}
+            }
         }
         self.sync()
     }
@@ -325,6 +434,11 @@ pub fn move_into_place(file: &Path, destination: &Path) -> io::Result<()> {
 /// are not worth a second write of the inode. The new size is part of what fdatasync flushes.
 pub fn flush_data(file: &File) -> io::Result<()> {
     retry_interrupted(|| rustix::fs::fdatasync(file))
+}
+
+/// Makes a file durable, its owner and mode too. A file this fails for is lost: no second call on it proves anything.
+pub fn sync_file(file: &File) -> io::Result<()> {
+    retry_interrupted(|| rustix::fs::fsync(file))
 }
 
 fn write_all_vectored(file: &mut File, parts: &[Bytes]) -> io::Result<()> {

@@ -26,8 +26,9 @@ use super::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload, layo
 const DEADLINE: Duration = Duration::from_secs(60);
 /// The slowest disk that still counts as working: the deadline grows by the size of what is moved.
 const SLOWEST_BYTES_PER_SECOND: u64 = 4 << 20;
-/// Operations in the hands of the kernel, each on a thread of its own. A hung disk holds this many and no more.
-const CONCURRENT_OPERATIONS_MAX: usize = 32;
+/// Operations in the hands of the kernel, each on a thread of its own. A hung disk holds this many and no more: the
+/// pool they come from must have more, for every other root and for everything else.
+pub const THREADS_PER_ROOT: usize = 32;
 /// Appended parts are gathered up to this size, so that small ones do not cost a call each.
 const UPLOAD_BUFFER_BYTES: usize = 256 << 10;
 /// Paths remembered as durable. Beyond it all are forgotten, which costs one sync each.
@@ -39,7 +40,7 @@ const DEBRIS_NAMES_MAX: usize = 200_000;
 /// The kernel has long written back a directory that did not change for this time.
 const WRITTEN_BACK_AFTER: Duration = Duration::from_secs(3600);
 
-/// A repository in a directory; `file:///…`.
+/// A repository in a directory; `file:///…`. Clones share what one root may use.
 #[derive(Clone, Debug)]
 pub struct LocalBackend {
     shared: Arc<Shared>,
@@ -64,12 +65,18 @@ struct Volume {
 }
 
 impl LocalBackend {
-    /// Does not fail when the root is missing: the operations do, until it is there.
+    /// Looks at nothing yet: a hung disk must not hold up whoever has others. Where the root is missing the operations
+    /// fail, until it is there.
     pub fn open(root: PathBuf) -> LocalBackend {
         let root = std::path::absolute(&root).unwrap_or(root);
         let shared = Shared { root, volume: Mutex::default(), synced: Mutex::default() };
-        let _ = shared.root();
-        LocalBackend { shared: Arc::new(shared), permits: Arc::new(Semaphore::new(CONCURRENT_OPERATIONS_MAX)) }
+        LocalBackend { shared: Arc::new(shared), permits: Arc::new(Semaphore::new(THREADS_PER_ROOT)) }
+    }
+
+    /// The same root for somebody else, who may use it at another time: what it is is told anew, but a hung disk holds
+    /// as many threads as for one.
+    pub fn beside(&self) -> LocalBackend {
+        LocalBackend { permits: self.permits.clone(), ..LocalBackend::open(self.shared.root.clone()) }
     }
 
     /// Removes temporary files that nobody writes and that were not touched for `older_than`, and directories
@@ -129,6 +136,11 @@ impl Backend for LocalBackend {
             Ok(())
         })
         .await
+    }
+
+    async fn look_anew(&self) -> Result<(), StoreError> {
+        let operation = Operation { verb: "read", location: self.describe(), bytes: 0 };
+        self.run(operation, Shared::look_anew).await
     }
 
     async fn create_missing_root(&self) -> Result<(), StoreError> {
@@ -214,14 +226,29 @@ impl Backend for LocalBackend {
 }
 
 impl Shared {
-    /// The root, if it is the one seen first.
-    fn root(&self) -> Result<Directory, Failed> {
-        let directory = Directory::open(&self.root).map_err(|error| match error.kind() {
+    fn open_root(&self) -> Result<Directory, Failed> {
+        Directory::open(&self.root).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
                 Failed::new(StoreErrorKind::RootMissing, format!("{}: {error}", self.root.display()))
             }
             _ => error.into(),
-        })?;
+        })
+    }
+
+    /// Another directory that says it is a repository was made one by somebody; one that says nothing is the mount
+    /// point of a volume that is away.
+    fn look_anew(&self) -> Result<(), Failed> {
+        let directory = self.open_root()?;
+        if let Some(marker) = read_marker(&directory) {
+            *lock(&self.volume) = Volume { device_and_inode: Some(directory.identity()?), marker: Some(marker) };
+            lock(&self.synced).clear();
+        }
+        Ok(())
+    }
+
+    /// The root, if it is the one seen first.
+    fn root(&self) -> Result<Directory, Failed> {
+        let directory = self.open_root()?;
         let found = directory.identity()?;
         let mut volume = lock(&self.volume);
         match volume.device_and_inode {

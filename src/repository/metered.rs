@@ -133,6 +133,10 @@ impl Backend for MeteredBackend {
         self.call("list").end(self.inner.list(directory).await)
     }
 
+    async fn look_anew(&self) -> Result<(), StoreError> {
+        self.inner.look_anew().await
+    }
+
     async fn create_missing_root(&self) -> Result<(), StoreError> {
         self.inner.create_missing_root().await
     }

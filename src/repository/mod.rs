@@ -12,6 +12,6 @@ mod metered;
 pub mod s3;
 
 pub use backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};
-pub use local::LocalBackend;
+pub use local::{LocalBackend, THREADS_PER_ROOT};
 pub use metered::MeteredBackend;
 pub use s3::S3Backend;

@@ -1,10 +1,12 @@
 //! Handing WAL and backups back to PostgreSQL.
 //!
-//! Owns: what can be restored (`reach`) and how (`target`, `choose`, `search`, `plan`), the `restore_command` contract
-//! (`wal_get`), what a restore leaves for it (`marker`), what is fetched ahead of it (`prefetch`).
+//! Owns: what can be restored (`reach`) and how (`target`, `choose`, `search`, `plan`), carrying it out (`execute`), the
+//! `restore_command` contract (`wal_get`), what a restore leaves for it (`marker`), what is fetched ahead of it
+//! (`prefetch`).
 //! Does not own: what the archive holds (`catalog`), how it is decoded (`codec`).
 
 pub mod choose;
+pub mod execute;
 pub mod marker;
 pub mod plan;
 pub mod prefetch;

@@ -404,8 +404,13 @@ impl Simulation {
                 _ => self.rng.usize(0..300),
             };
             let noise = self.rng.bool();
-            let payload: Vec<u8> =
-                (0..length).map(|i| if noise { self.rng.u8(..) } else { (i as u32 ^ xid) as u8 }).collect();
+            // Incompressible, or 256 bytes over and over.
+            let mut payload: Vec<u8> = (0..256.min(length)).map(|i| (i as u32 ^ xid) as u8).collect();
+            payload = payload.repeat(length.div_ceil(payload.len().max(1)));
+            payload.truncate(length);
+            if noise {
+                self.rng.fill(&mut payload);
+            }
             let writer = self.writer();
             match kind {
                 11..=40 => writer.commit(xid, now),
@@ -689,7 +694,9 @@ impl Simulation {
                 if held.end_from(fork) > fork { fork } else { fork.max(archive.start) }
             }
         };
-        assert_eq!(held.end_from(begin), flush, "the current timeline is archived up to its end");
+        let tails: Vec<&str> = objects.keys().map(|key| key.as_str()).filter(|key| key.contains(".tail/")).collect();
+        let end = held.end_from(begin);
+        assert!(end == flush, "repository {at} holds the current timeline up to {end}, not {flush}; tails: {tails:?}");
         if self.stores.len() > 1 {
             assert!(self.reached(&archive, flush) >= flush, "repository {at} holds {}", self.reached(&archive, flush));
         }

@@ -4,9 +4,11 @@
 use std::time::Duration;
 
 use seawall::agent::cluster::State;
+use seawall::catalog::store;
 use seawall::testkit::store::{Event, FaultyStore, MemoryStore};
+use seawall::wal::TimelineId;
 
-use crate::support::model::{Model, Running, eventually, on_virtual_time};
+use crate::support::model::{Model, Running, archives, eventually, on_virtual_time};
 
 fn stored(store: &FaultyStore) -> usize {
     store.journal().iter().filter(|event| matches!(event, Event::Stored { .. })).count()
@@ -71,5 +73,53 @@ fn a_fenced_writer_writes_nothing_more() {
         assert_eq!(stored(&stores[0]), before, "the fenced writer stores nothing");
         assert!(model.restart_lsn("first") >= acknowledged);
         eventually("the fenced one follows", || model.restart_lsn("first") == Some(model.wal.flush_lsn())).await;
+    });
+}
+
+/// The only repository that knew of the later epochs is emptied, made anew, and written to once more by a writer that
+/// has not noticed: what is stored next has to count beside that.
+#[test]
+fn an_epoch_is_above_everything_that_an_emptied_repository_holds() {
+    on_virtual_time(async {
+        let mut model = Model::new();
+        let stores = [1, 2].map(FaultyStore::new);
+        let agent = model.agent_of("seawall", &stores, 1);
+        model.write(50_000, 1);
+        model.wait_acknowledged("seawall").await;
+        agent.kill().await;
+        stores[0].set_outage(true);
+        for value in 2..4 {
+            let agent = model.agent_of("seawall", &stores, 1);
+            model.write(50_000, value);
+            model.wait_acknowledged("seawall").await;
+            agent.kill().await;
+        }
+        let agent = model.agent_of("seawall", &stores, 1);
+        model.write(50_000, 4);
+        model.wait_acknowledged("seawall").await;
+
+        stores[1].memory().tamper(|objects| objects.clear());
+        let now = "2026-01-01T00:00:00Z".parse().expect("a time");
+        store::create_repository(stores[1].memory(), now, "feedface").await.expect("the model store takes it");
+        model.write(50_000, 5);
+        model.wait_acknowledged("seawall").await;
+        stores[0].set_outage(false);
+        model.server.with(|state| state.crash());
+        let flush = model.write(50_000, 6);
+        let ends = async || {
+            let mut ends = Vec::new();
+            for store in &stores {
+                let archive = archives(store.memory()).await.pop();
+                let archive = archive.expect("the lineage is there");
+                let found = archive.frontier(TimelineId(1), model.wal.segment_size()).await.expect("it is readable");
+                ends.push(found.end);
+            }
+            ends
+        };
+        model.wait_acknowledged("seawall").await;
+        agent.wait_state(State::Streaming).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(ends().await, [Some(flush), Some(flush)]);
+        agent.kill().await;
     });
 }

@@ -203,7 +203,7 @@ async fn lineages_are_found_and_strangers_refused() {
 #[tokio::test]
 async fn every_writer_gets_its_own_epoch() {
     let (_, archive) = archive();
-    let take = || archive.take_epoch("seawall", None, "0.1.0", now());
+    let take = || archive.take_epoch(Epoch::default(), "seawall", None, "0.1.0", now());
     let (a, b, c) = tokio::join!(take(), take(), take());
     let mut taken = [a.unwrap().0, b.unwrap().0, c.unwrap().0];
     taken.sort();

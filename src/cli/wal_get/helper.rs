@@ -101,10 +101,11 @@ pub fn run(config: &ArchiveConfig, args: &WalGetArgs, marker: Option<RestoreMark
     let place = Place::of(marker.id);
     let wal_get = super::of_restore(config, &marker)?;
     let options = Options { marker, wal_get, limit_bytes: args.ahead, from: args.from };
-    let ended = setup::block_on_threads(prefetch::run(options, place))?.map_err(|error| {
-        Failure::new(ExitCode::Unavailable, format!("could not fetch ahead: {error}"))
-            .hint("is there room in pg_wal, and may this user write there?")
-    })?;
+    let ended =
+        setup::block_on_threads(setup::threads_for_roots(1), prefetch::run(options, place))?.map_err(|error| {
+            Failure::new(ExitCode::Unavailable, format!("could not fetch ahead: {error}"))
+                .hint("is there room in pg_wal, and may this user write there?")
+        })?;
     tracing::info!(?ended, "nobody needs what would be fetched ahead");
     Ok(Verdict::Fine)
 }

@@ -113,6 +113,76 @@ async fn a_remounted_repository_is_known_again() {
     }
 }
 
+/// Made anew in the place of one that was lost, while an agent runs.
+#[tokio::test]
+async fn another_repository_in_the_roots_place_is_taken_only_when_it_is_looked_at_anew() {
+    let (directory, _) = scratch();
+    let root = directory.path().join("root");
+    let backend = LocalBackend::open(root.clone());
+    backend.create_root().await.unwrap();
+    backend.put_new(&layout::repository(), &[Bytes::from_static(b"id 1")]).await.unwrap();
+    backend.look_anew().await.unwrap();
+    backend.put_new(&Key::new("a/b"), &body(1)).await.unwrap();
+
+    std::fs::rename(&root, directory.path().join("lost")).unwrap();
+    assert_eq!(kind(backend.look_anew().await), StoreErrorKind::RootMissing);
+    // The mount point of a volume that is away says nothing, however often it is looked at.
+    std::fs::create_dir(&root).unwrap();
+    backend.look_anew().await.unwrap();
+    assert_eq!(kind(backend.put_new(&Key::new("a/c"), &body(1)).await), StoreErrorKind::RootMissing);
+    std::fs::write(root.join("repository.json"), "id 2").unwrap();
+    assert_eq!(kind(backend.put_new(&Key::new("a/c"), &body(1)).await), StoreErrorKind::RootMissing);
+    backend.look_anew().await.unwrap();
+    backend.put_new(&Key::new("a/c"), &body(1)).await.unwrap();
+    assert_eq!(files(&root), [root.join("a/c"), root.join("repository.json")]);
+    // And it is told from the one before.
+    std::fs::rename(&root, directory.path().join("new")).unwrap();
+    std::fs::rename(directory.path().join("lost"), &root).unwrap();
+    assert_eq!(kind(backend.list(None).await), StoreErrorKind::RootMissing);
+}
+
+/// A disk that hangs is a fake here: blocked threads in its place.
+#[test]
+fn a_hung_root_holds_so_many_threads_and_no_more_whoever_uses_it() {
+    const CLUSTERS: usize = 4;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_time()
+        .max_blocking_threads(THREADS_PER_ROOT + 1)
+        .build()
+        .unwrap();
+    let (hung, (_directory, healthy)) = (LocalBackend::open("/hung".into()), scratch());
+    let started = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let (let_go, held) = std::sync::mpsc::channel::<()>();
+    let held = Arc::new(Mutex::new(held));
+    runtime.block_on(async {
+        for cluster in std::iter::repeat_with(|| hung.beside()).take(CLUSTERS) {
+            for _ in 0..THREADS_PER_ROOT {
+                let (cluster, started, held) = (cluster.clone(), started.clone(), held.clone());
+                tokio::spawn(async move {
+                    let operation = Operation { verb: "read", location: cluster.describe(), bytes: 0 };
+                    let hangs = move |_: &Shared| {
+                        started.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        // Until the other end is gone; the lock is part of the hang.
+                        let _ = lock(&held).recv();
+                        Ok(())
+                    };
+                    cluster.run(operation, hangs).await
+                });
+            }
+        }
+        while started.load(std::sync::atomic::Ordering::Relaxed) < THREADS_PER_ROOT {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for n in 0..3 {
+            let key = Key::new(format!("a/{n}"));
+            healthy.put_new(&key, &body(1)).await.expect("another root has a thread");
+        }
+        assert_eq!(started.load(std::sync::atomic::Ordering::Relaxed), THREADS_PER_ROOT);
+    });
+    drop(let_go);
+}
+
 #[tokio::test]
 async fn objects_are_private() {
     let (directory, backend) = scratch();

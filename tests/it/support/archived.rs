@@ -248,7 +248,7 @@ pub fn zstd_decode(path: &Path) -> Vec<u8> {
     output.stdout
 }
 
-fn block_on<T>(work: impl Future<Output = T>) -> T {
+pub fn block_on<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.expect("a runtime can be made").block_on(work)
 }
