@@ -329,7 +329,12 @@ impl Keeper {
             () = showing => unreachable!("it shows as long as the backup is taken"),
         };
         self.facts.send_modify(|facts| facts.running = None);
-        let done = done?;
+        let has_begun = progress.borrow().id.is_some();
+        let done = done.map_err(|failure| match failure.exit_code {
+            // Only somebody else's lease is no failure.
+            ExitCode::TryAgain if has_begun => Failure { exit_code: ExitCode::Unavailable, ..failure },
+            _ => failure,
+        })?;
         let (_, file) = &done.files[0];
         tracing::info!(
             cluster, backup = %done.id, start = %file.start_lsn, stop = %file.stop_lsn, raw_bytes = file.raw_bytes,

@@ -149,14 +149,18 @@ impl Job<'_> {
         stop: &CancellationToken,
     ) -> Result<Done, Failure> {
         for part in lease.parts() {
-            settle(self.world, &part.place).await?;
+            if let Err(failure) = settle(self.world, &part.place).await {
+                tracing::info!(repository = part.place.name, %failure, "cannot look for what earlier backups left unfinished");
+            }
         }
         let (mut connection, login) = self.connect().await?;
         let slot_restart_lsn = self.start_at_least(&mut connection, &login, lease).await?;
-        let captured = match files::capture(self.world.dialer.as_ref(), &self.sql_login(&login)?).await {
-            Ok(captured) => captured,
-            Err(failure) => files::Captured { files: Vec::new(), missing: Some(failure.to_string()) },
+        let captured = match self.sql_login(&login) {
+            Ok(login) => files::capture(self.world.dialer.as_ref(), &login).await,
+            Err(failure) => Err(failure),
         };
+        let captured = captured
+            .unwrap_or_else(|failure| files::Captured { files: Vec::new(), missing: Some(failure.to_string()) });
         let config = captured.files.into_iter();
         let request = Request {
             options: self.settings.options.clone(),
@@ -277,7 +281,14 @@ impl Job<'_> {
         }
         let (dialer, sql) = (self.world.dialer.as_ref(), self.sql_login(copied)?);
         // Where it is not known, anything: that the archive has what the backup needs is looked up in the end.
-        let Some(redo) = standby::redo(dialer, &sql).await? else { return Ok(Lsn::ZERO) };
+        let redo = match standby::redo(dialer, &sql).await {
+            Ok(Some(redo)) => redo,
+            Ok(None) => return Ok(Lsn::ZERO),
+            Err(failure) => {
+                tracing::info!(cluster = self.cluster.name, %failure, "the standby cannot be asked where a backup of it begins");
+                return Ok(Lsn::ZERO);
+            }
+        };
         let timeline = connection.identify_system().await?.timeline;
         let begin = wal::Needed { timeline, start: redo, stop: Lsn(redo.0 + 1), segment_size: self.segment_size };
         for part in lease.parts() {
