@@ -46,7 +46,7 @@
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
 //! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |
-//! | [`agent`] | one cluster's agent: connect, decide where to go on, stream, again |
+//! | [`agent`] | one cluster's agent: connect, decide where to go on, stream, again; its base backups beside that |
 //! | [`cli`] | one file for each verb |
 //! | [`testkit`] | models of WAL, server and store, for tests and benches; the program never uses it |
 //!

@@ -81,7 +81,7 @@ impl Place {
         let required = if names.len() == self.names.len() { self.required } else { "1" };
         let mut text = format!(
             "[clusters.main]\npostgres = \"{}\"\nslot = \"seawall\"\nrepositories = {names:?}\nrequired = {required}\n\
-             tail_interval = \"200ms\"\nmemory = \"{}MiB\"\n[http]\nlisten = \"127.0.0.1:0\"\n",
+             backup.automatic = false\ntail_interval = \"200ms\"\nmemory = \"{}MiB\"\n[http]\nlisten = \"127.0.0.1:0\"\n",
             self.server.conninfo(),
             MEMORY_BYTES >> 20,
         );
