@@ -4,6 +4,7 @@
 //! Does not own: signals and configuration (`cli/run.rs`), one cluster's life (`cluster.rs`).
 
 mod absence;
+pub mod backup;
 pub mod cluster;
 mod drain;
 mod known;
@@ -17,27 +18,36 @@ pub mod startup;
 mod synchronous;
 pub mod world;
 
+use std::time::Duration;
+
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{ExitCode, Failure};
 use crate::wal::Lsn;
+use backup::BackupSettings;
+use backup::keeper::Keeper;
 use cluster::{ClusterAgent, Status};
 use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
+
+/// For a backup under way to be given up, once nothing streams any more.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// A cluster to serve, in its world.
 #[derive(Debug)]
 pub struct Assignment {
     pub world: World,
     pub options: ClusterOptions,
+    pub backups: BackupSettings,
 }
 
 /// Every cluster of the process. One failing never touches another.
 #[derive(Debug)]
 pub struct Fleet {
     clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
+    keepers: Vec<Keeper>,
     observer: Observer,
     stop: CancellationToken,
 }
@@ -49,16 +59,19 @@ impl Fleet {
         let is_alone = assignments.len() == 1;
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
-        for Assignment { world, options } in assignments {
+        let mut keepers = Vec::new();
+        for Assignment { world, options, backups } in assignments {
             let name = options.name.clone();
             let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
             if is_alone {
                 agent = agent.ending_when_refused();
             }
-            subjects.push(Subject { world, options, status: status.clone() });
+            let (keeper, kept) = Keeper::new(world.clone(), options.clone(), backups, status.clone(), stop.clone());
+            keepers.push(keeper);
+            subjects.push(Subject { world, options, status: status.clone(), backups: kept });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, observer: Observer::new(subjects, stop.clone()), stop }
+        Fleet { clusters, keepers, observer: Observer::new(subjects, stop.clone()), stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -71,6 +84,7 @@ impl Fleet {
     pub async fn run(self, until: Option<Lsn>) -> Result<(), Failure> {
         let is_alone = self.clusters.len() == 1;
         let mut running = JoinSet::new();
+        let mut keeping: JoinSet<()> = self.keepers.into_iter().map(Keeper::run).collect();
         for (name, agent, status) in self.clusters {
             if let Some(until) = until {
                 tokio::spawn(stop_at(until, status, self.stop.clone()));
@@ -95,6 +109,11 @@ impl Fleet {
                 Err(error) => Failure::new(ExitCode::Internal, format!("a cluster's task failed: {error}")),
             };
             worst = Some(worse(worst, failure));
+        }
+        // A backup that is given up says so in the ledger; the next one would say it for it.
+        let farewell = async { while keeping.join_next().await.is_some() {} };
+        if self.stop.is_cancelled() && tokio::time::timeout(FAREWELL, farewell).await.is_err() {
+            tracing::warn!("a backup under way did not end in time: it will be found unfinished");
         }
         worst.map_or(Ok(()), Err)
     }

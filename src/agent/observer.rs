@@ -20,7 +20,7 @@ use crate::catalog::{Catalog, Holdings};
 use crate::continuity::{self, GapState};
 use crate::error::{ExitCode, Failure};
 use crate::monitor::health::{
-    ClusterFacts, LossClock, Positions, RepositoryFacts, RepositoryState, SlotFacts, SpoolFacts,
+    BackupFacts, ClusterFacts, LossClock, Positions, RepositoryFacts, RepositoryState, SlotFacts, SpoolFacts,
 };
 use crate::monitor::http::Source;
 use crate::monitor::status::State;
@@ -45,6 +45,7 @@ struct Observed {
     world: World,
     options: ClusterOptions,
     status: watch::Receiver<Status>,
+    backups: watch::Receiver<BackupFacts>,
     kept: Mutex<Kept>,
 }
 
@@ -69,6 +70,8 @@ struct Gaps {
     open: usize,
     looked: Instant,
     durable: Lsn,
+    /// The newest backup then: a new one may have healed some.
+    backup: Option<String>,
 }
 
 /// All clusters of the process.
@@ -85,6 +88,7 @@ pub struct Subject {
     pub world: World,
     pub options: ClusterOptions,
     pub status: watch::Receiver<Status>,
+    pub backups: watch::Receiver<BackupFacts>,
 }
 
 impl Observer {
@@ -93,6 +97,7 @@ impl Observer {
             world: subject.world,
             options: subject.options,
             status: subject.status,
+            backups: subject.backups,
             kept: Mutex::default(),
         };
         Observer { clusters: Arc::new(subjects.into_iter().map(observed).collect()), started: Instant::now(), stop }
@@ -218,6 +223,7 @@ impl Observed {
             spool: spool_facts(watched),
             slot: self.slot_facts(kept.slot.as_ref()),
             gaps: kept.gaps.as_ref().map(|gaps| gaps.open),
+            backups: self.backups.borrow().clone(),
             failure: status.failure.as_ref().map(Failure::to_string),
             contract_broken: broken_contract(watched),
             accidental_standby: self.options.synchronous.is_none()
@@ -273,19 +279,23 @@ impl Observed {
     fn may_have_new_gaps(&self, watched: &Watched) -> bool {
         let kept = self.kept.lock().expect("no holder panics");
         let durable = watched.progress.borrow().durable();
-        kept.gaps.as_ref().is_none_or(|gaps| gaps.looked.elapsed() >= GAPS_INTERVAL && gaps.durable != durable)
+        let backup = self.backups.borrow().last_id();
+        kept.gaps.as_ref().is_none_or(|gaps| {
+            gaps.looked.elapsed() >= GAPS_INTERVAL && gaps.durable != durable || gaps.backup != backup
+        })
     }
 
     /// Of all repositories together: what one lacks and another holds is no gap.
     async fn look_for_gaps(&self, watched: &Watched) {
-        let durable = watched.progress.borrow().durable();
+        let (durable, backup) = (watched.progress.borrow().durable(), self.backups.borrow().last_id());
         let catalogs = future::join_all(watched.archives.iter().map(Archive::load_catalog)).await;
         let readable: Vec<&Catalog> = catalogs.iter().filter_map(|catalog| catalog.as_ref().ok()).collect();
         match Holdings::union(&readable) {
             Ok(holdings) if !readable.is_empty() => {
                 let gaps = continuity::gaps_of(&holdings);
                 let open = gaps.iter().filter(|gap| gap.state == GapState::Open).count();
-                self.kept.lock().expect("no holder panics").gaps = Some(Gaps { open, looked: Instant::now(), durable });
+                self.kept.lock().expect("no holder panics").gaps =
+                    Some(Gaps { open, looked: Instant::now(), durable, backup });
             }
             Ok(_) => tracing::debug!(cluster = self.options.name, "gaps cannot be looked for: nothing can be read"),
             Err(error) => tracing::debug!(cluster = self.options.name, %error, "gaps cannot be looked for"),

@@ -86,6 +86,8 @@ pub struct Watched {
     pub server_major: u32,
     /// What the repositories that take part hold of the lineage.
     pub archives: Vec<Archive>,
+    /// The same, with who they are.
+    pub opened: Vec<Opened>,
     pub spool: Arc<watch::Sender<SpoolHealth>>,
 }
 
@@ -371,6 +373,7 @@ async fn begin_members(
             address: assignment.address.clone(),
             server_major: assignment.server_major,
             archives: members.iter().map(|member| member.opened.archive.clone()).collect(),
+            opened: members.iter().map(|member| member.opened.clone()).collect(),
             spool: Arc::default(),
         },
         outlets,

@@ -42,6 +42,10 @@ impl FactKind {
     }
 }
 
+/// In the details of a `backup-failed` fact: which one, and how far it had come.
+pub const BACKUP_ID: &str = "backup";
+pub const BACKUP_PHASE: &str = "phase";
+
 /// Segments `first` to `last`, both included, of one timeline.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SegmentRange {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use jiff::Timestamp;
 
-use crate::config::{Flags, parse_duration, parse_size};
+use crate::config::{Flags, label_fault, parse_duration, parse_size};
 use crate::repository::layout::BackupId;
 use crate::restore::marker::RestoreId;
 use crate::restore::target::{Action, TimelineChoice};
@@ -107,6 +107,14 @@ pub enum Command {
     Check(CheckArgs),
     /// Per cluster one line that is true: state, loss if the server burned now, slot, gaps
     Status(StatusArgs),
+    /// Take a base backup now, beside the agent that streams
+    Backup(BackupArgs),
+    /// The backups there are
+    List(ListArgs),
+    /// Keep a backup, whatever retention says
+    Pin(PinArgs),
+    /// Leave a backup to retention again
+    Unpin(PinArgs),
     /// Every hole in the archive; exit code 1 when one is open
     Gaps(GapsArgs),
     /// What can be restored, to the commit; exit code 1 when nothing can
@@ -123,7 +131,7 @@ impl Command {
     /// The agent tells what it does; the others speak when something is wrong.
     pub fn base_verbosity(&self) -> Verbosity {
         match self {
-            Command::Run(_) => Verbosity::Info,
+            Command::Run(_) | Command::Backup(_) => Verbosity::Info,
             _ => Verbosity::Warn,
         }
     }
@@ -166,6 +174,41 @@ pub struct CheckArgs {}
 
 #[derive(Args, Debug)]
 pub struct StatusArgs {}
+
+/// WAL must be streaming to the archive meanwhile (`seawall run`): a backup is complete when the WAL that makes it
+/// consistent is archived too. While another process takes a backup of this cluster: exit code 75.
+#[derive(Args, Debug)]
+pub struct BackupArgs {
+    /// What kind; auto takes a full one
+    #[arg(long = "type", value_name = "TYPE", value_enum, default_value_t)]
+    pub backup_type: BackupTypeArg,
+    /// A line of text to know it by
+    #[arg(long, value_name = "TEXT", value_parser = label)]
+    pub label: Option<String>,
+    /// While another backup is taken, wait until it is done
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum BackupTypeArg {
+    #[default]
+    Auto,
+    Full,
+}
+
+#[derive(Args, Debug)]
+pub struct ListArgs {
+    /// Also those that failed or were interrupted
+    #[arg(long)]
+    pub all: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct PinArgs {
+    /// Its id, as `seawall list` shows it
+    pub backup: String,
+}
 
 #[derive(Args, Debug)]
 pub struct WindowArgs {}
@@ -295,6 +338,13 @@ impl From<ActionArg> for Action {
             ActionArg::Pause => Action::Pause,
             ActionArg::Shutdown => Action::Shutdown,
         }
+    }
+}
+
+fn label(text: &str) -> Result<String, String> {
+    match label_fault(text) {
+        None => Ok(text.to_string()),
+        Some(expected) => Err(format!("expected {expected}")),
     }
 }
 

@@ -6,13 +6,16 @@
 //! Data goes to standard output, words to standard error.
 
 mod args;
+mod backup;
 mod check;
 mod demo;
 mod find;
 mod gaps;
 mod init;
 mod keys;
+mod list;
 mod output;
+mod pin;
 mod repositories;
 mod restorable;
 mod restore;
@@ -143,6 +146,10 @@ fn run(cli: &Cli, contract: Contract) -> u8 {
         Command::Init(args) => init::run(global, args),
         Command::Check(args) => check::run(global, args),
         Command::Status(args) => status::run(global, args),
+        Command::Backup(args) => backup::run(global, args),
+        Command::List(args) => list::run(global, args),
+        Command::Pin(args) => pin::run(global, args, pin::Word::Pin),
+        Command::Unpin(args) => pin::run(global, args, pin::Word::Unpin),
         Command::Gaps(args) => gaps::run(global, args),
         Command::Window(args) => window::run(global, args),
         Command::Restore(args) => restore::run(global, args),

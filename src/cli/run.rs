@@ -29,7 +29,8 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
             if http.is_some() {
                 world = setup::metered(world, cluster);
             }
-            Ok(Assignment { world, options: setup::options(cluster, spool.clone())? })
+            let options = setup::options(cluster, spool.clone())?;
+            Ok(Assignment { world, options, backups: setup::backups(cluster) })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {

@@ -11,13 +11,16 @@ use tokio::runtime;
 
 use super::args::Global;
 use super::keys;
+use crate::agent::backup::BackupSettings;
 use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
+use crate::backup::BackupOptions;
 use crate::codec::encrypt::{Identities, Keys};
 use crate::config::{ArchiveConfig, ClusterConfig, Config, HttpConfig, Loaded, Location, RepositoryConfig, Sources};
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{Conninfo, Purpose, SystemEnvironment, TargetSessionAttrs};
 use crate::receiver::Clock;
+use crate::replication::base_backup::ServerCompression;
 use crate::replication::{Login, NetDialer, SlotName};
 use crate::repository::{Backend, LocalBackend, MeteredBackend, S3Backend, StoreErrorKind};
 use crate::spool::SpoolOptions;
@@ -141,6 +144,24 @@ pub fn options(cluster: &ClusterConfig, spool: Option<SpoolOptions>) -> Result<C
     })
 }
 
+/// How this cluster's backups are taken.
+pub fn backups(cluster: &ClusterConfig) -> BackupSettings {
+    let config = &cluster.backup;
+    let from = config.from.clone().map(|from| Arc::new(ConfiguredLogins::new(from)) as Arc<dyn LoginSource>);
+    BackupSettings {
+        automatic: config.automatic,
+        options: BackupOptions {
+            label: config.label.clone(),
+            checkpoint: config.checkpoint,
+            max_rate_kib: config.max_rate_kib,
+            checksums: config.checksums,
+            compression: config.compression.map(|method| ServerCompression { method, level: None }),
+            ..BackupOptions::default()
+        },
+        from,
+    }
+}
+
 /// What an agent can do without: it compares an encrypted object nothing else tells about, where the key is at hand.
 fn identities(cluster: &ClusterConfig) -> Option<Identities> {
     match keys::reading(cluster.identity_file.as_deref()) {
@@ -156,7 +177,7 @@ fn identities(cluster: &ClusterConfig) -> Option<Identities> {
     }
 }
 
-fn host_name() -> Option<String> {
+pub fn host_name() -> Option<String> {
     let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
     Some(name).filter(|name| !name.is_empty())
 }

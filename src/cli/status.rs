@@ -7,12 +7,14 @@ use serde::Serialize;
 use super::args::{Global, StatusArgs};
 use super::repositories::{self, Copy, Look};
 use super::server::{self, ServerFacts};
-use super::{Verdict, output, setup};
+use super::{Verdict, list, output, setup};
 use crate::archiver::Workers;
+use crate::catalog::shelf::{Outcome, Shelved};
 use crate::catalog::{Catalog, Holdings};
 use crate::config::{ClusterConfig, HttpConfig};
 use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
+use crate::monitor::backup::{BackupEntry, BackupRunning};
 use crate::monitor::{self, client};
 use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
@@ -49,7 +51,10 @@ struct ClusterStatus {
     lag_bytes: Option<u64>,
     repositories: Vec<RepositoryStatus>,
     slot: SlotStatus,
-    last_backup: Option<String>,
+    /// The newest complete one.
+    last_backup: Option<BackupEntry>,
+    /// Under way: taken by whom, only an agent that takes it can tell more.
+    backup_running: Option<BackupRunning>,
     window: Option<()>,
     /// Open ones.
     gaps: Option<usize>,
@@ -253,9 +258,42 @@ async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: 
         status.repositories.push(RepositoryStatus { name: name.clone(), frontier_lsn: None, state });
     }
     let Some(lineage) = lineage.filter(|_| !copies.is_empty()) else { return };
+    add_backups(status, looks, &lineage).await;
     match repositories::union(&lineage, &copies) {
         Ok(all) => add_union(status, &all, &copies, required),
         Err(failure) => status.finding(Health::Failing, failure.message),
+    }
+}
+
+/// Without a base backup the WAL alone restores nothing.
+async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Lineage) {
+    let (shelves, _) = list::shelves(looks, lineage).await;
+    let all = list::union(&shelves);
+    let name = lineage.directory_name();
+    let entry = |shelved: &Shelved| BackupEntry::new(&status.name, &name, shelved);
+    status.last_backup = all.iter().rfind(|shelved| shelved.outcome == Outcome::Complete).map(entry);
+    let running = all.iter().rfind(|shelved| shelved.outcome == Outcome::Running).map(|shelved| BackupRunning {
+        id: Some(shelved.id.to_string()),
+        phase: "running".to_string(),
+        ..BackupRunning::default()
+    });
+    status.backup_running = running;
+    let under_way = status.backup_running.as_ref().map_or("", |_| "; one is being taken");
+    let lacking: Vec<&str> = shelves
+        .iter()
+        .filter(|(_, shelf)| shelf.complete().next().is_none())
+        .map(|(look, _)| look.config.name.as_str())
+        .collect();
+    match (&status.last_backup, &lacking[..]) {
+        (_, _) if shelves.is_empty() => {}
+        (None, _) => {
+            status.finding(Health::Degraded, format!("there is no base backup: nothing can be restored{under_way}"));
+        }
+        (Some(_), []) => {}
+        (Some(_), lacking) => {
+            let text = format!("there is no base backup in repository {}{under_way}", lacking.join(", "));
+            status.finding(Health::Degraded, text);
+        }
     }
 }
 
@@ -375,11 +413,12 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or(none.to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}, open gaps {gaps}",
             self.name,
             self.health.word(),
             self.in_repositories(),
             safe.unwrap_or_default(),
+            self.last_backup.as_ref().map_or("none", |backup| &backup.id),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));
         std::iter::once(line).chain(reasons).collect::<Vec<_>>().join("\n")

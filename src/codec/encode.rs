@@ -23,10 +23,11 @@ pub struct EncodedFrame {
     pub stored_crc32: u32,
 }
 
-/// A zstd context and its output buffer, kept for reuse: about 1.3 MiB at level 1.
+/// A zstd context and its output buffer, kept for reuse: about 1.3 MiB at level 1, for frames of WAL.
 pub struct Encoder {
     compressor: Compressor<'static>,
     output: Vec<u8>,
+    frame_bytes_max: usize,
 }
 
 impl std::fmt::Debug for Encoder {
@@ -36,15 +37,23 @@ impl std::fmt::Debug for Encoder {
 }
 
 impl Encoder {
+    /// For frames of WAL.
     pub fn new(level: i32) -> Encoder {
-        let mut compressor = Compressor::new(level).expect("zstd accepts every level between its own bounds");
-        compressor.set_parameter(CParameter::ChecksumFlag(true)).expect("zstd knows the checksum flag");
-        Encoder { compressor, output: Vec::with_capacity(zstd_safe::compress_bound(FRAME_BYTES)) }
+        Encoder::for_frames(level, FRAME_BYTES)
     }
 
-    /// Compresses `raw` (at most [`FRAME_BYTES`]) into one frame with a content checksum.
+    /// For frames of other content.
+    pub fn for_frames(level: i32, frame_bytes_max: usize) -> Encoder {
+        let mut compressor = Compressor::new(level).expect("zstd accepts every level between its own bounds");
+        compressor.set_parameter(CParameter::ChecksumFlag(true)).expect("zstd knows the checksum flag");
+        let output = Vec::with_capacity(zstd_safe::compress_bound(frame_bytes_max));
+        Encoder { compressor, output, frame_bytes_max }
+    }
+
+    /// Compresses `raw`, as much as a frame may hold at most, into one frame with a content checksum.
     pub fn encode(&mut self, raw: &[u8]) -> EncodedFrame {
-        assert!(raw.len() <= FRAME_BYTES, "a frame holds at most {FRAME_BYTES} bytes, not {}", raw.len());
+        let most = self.frame_bytes_max;
+        assert!(raw.len() <= most, "a frame holds at most {most} bytes, not {}", raw.len());
         self.output.clear();
         let written = self
             .compressor

@@ -7,6 +7,7 @@
 pub mod decode;
 mod encode;
 pub mod encrypt;
+pub mod inflate;
 pub mod tar;
 
 pub use encode::{Crc32Parts, EncodedFrame, Encoder, FRAME_BYTES, LEVEL_DEFAULT};

@@ -8,7 +8,7 @@ use super::file::{Table, Tree, Value};
 use super::reference::Group;
 use super::section::Section;
 use super::{
-    ClusterConfig, ConfigError, Location, RepositoryConfig, Source, checked, io_error, read_error, repository,
+    ClusterConfig, ConfigError, Location, RepositoryConfig, Source, backup, checked, io_error, read_error, repository,
 };
 use crate::codec::encrypt::Recipients;
 use crate::postgres::{Conninfo, Environment};
@@ -48,6 +48,7 @@ pub(super) fn check(
         tail_interval: section.duration("tail_interval", TAIL_INTERVAL, Duration::from_millis(100), "100ms to 1h")?,
         shutdown_grace: section.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::ZERO, "0s to 1h")?,
         memory_bytes: section.size("memory", MEMORY_BYTES, MEMORY_BYTES_MIN, "at least 8MiB")?,
+        backup: backup::check(&section, password_file.as_deref(), environment)?,
         password_file,
     })
 }

@@ -1,9 +1,12 @@
 //! Owns: a checked configuration written as a file again, for `seawall init` to print.
 //! Does not own: what the keys mean (`reference.rs`).
 
+use super::backup::{BackupConfig, CHECKSUMS, COMPRESSIONS};
 use super::units::{show_duration, show_size};
 use super::{ClusterConfig, Config, HttpConfig, Location, RepositoryConfig, SpoolConfig};
+use crate::postgres::Conninfo;
 use crate::receiver::Acknowledge;
+use crate::replication::base_backup::Checkpoint;
 use crate::repository::s3::{Checksum, S3Options, ServerSideEncryption};
 
 impl Config {
@@ -76,7 +79,32 @@ fn cluster(cluster: &ClusterConfig) -> String {
     lines.text("tail_interval", show_duration(cluster.tail_interval));
     lines.text("shutdown_grace", show_duration(cluster.shutdown_grace));
     lines.text("memory", show_size(cluster.memory_bytes));
-    lines.finish()
+    lines.finish() + &backup(&cluster.name, &cluster.backup)
+}
+
+/// Only what is not said by default.
+fn backup(cluster: &str, backup: &BackupConfig) -> String {
+    let mut lines = Lines::of(&format!("clusters.{cluster}.backup"));
+    if !backup.automatic {
+        lines.value("automatic", false);
+    }
+    if let Some(kib) = backup.max_rate_kib {
+        lines.text("max_rate", show_size(u64::from(kib) << 10));
+    }
+    if backup.checkpoint != Checkpoint::default() {
+        lines.text("checkpoint", "spread");
+    }
+    lines.given("label", backup.label.as_ref());
+    lines.given("from", backup.from.as_ref().map(Conninfo::to_keywords));
+    lines.given("compression", word_of(&COMPRESSIONS, backup.compression));
+    lines.given("manifest_checksums", word_of(&CHECKSUMS, backup.checksums));
+    if lines.0.len() == 1 { String::new() } else { lines.finish() }
+}
+
+/// `None`: it is the default.
+fn word_of<T: Copy + Default + PartialEq>(words: &[(&'static str, T)], value: T) -> Option<&'static str> {
+    let word = words.iter().find(|(_, other)| *other == value).map(|(word, _)| *word);
+    word.filter(|_| value != T::default())
 }
 
 fn repository(repository: &RepositoryConfig) -> String {

@@ -7,6 +7,7 @@
 //! Nothing is accepted that would not take effect: an unknown key, or one of a later version, is an error that names
 //! its file and line.
 
+mod backup;
 mod cluster;
 mod error;
 mod example;
@@ -23,6 +24,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use backup::{BackupConfig, label_fault};
 pub use error::{ConfigError, Source};
 use file::{Table, Tree, Typed, Value};
 use reference::Group;
@@ -137,6 +139,7 @@ pub struct ClusterConfig {
     pub tail_interval: Duration,
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
+    pub backup: BackupConfig,
     /// Already part of `postgres`; here for showing.
     pub password_file: Option<PathBuf>,
 }

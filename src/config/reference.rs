@@ -88,7 +88,17 @@ impl Group {
     /// Keys of the design that this version does not have yet: refused by name, not as typing mistakes.
     pub fn later(self) -> &'static [&'static str] {
         match self {
-            Group::Clusters => &["protect", "slot_limit", "backup", "retention", "verify"],
+            Group::Clusters => &[
+                "protect",
+                "slot_limit",
+                "backup.timezone",
+                "backup.full",
+                "backup.differential",
+                "backup.incremental",
+                "backup.jitter",
+                "retention",
+                "verify",
+            ],
             Group::Repositories | Group::Spool | Group::Http => &[],
         }
     }
@@ -215,6 +225,58 @@ const REFERENCE: &[KeyDoc] = &[
         example: "\"32MiB\"",
     },
     KeyDoc {
+        key: "clusters.NAME.backup.automatic",
+        kind: "true or false",
+        default: Some("true"),
+        effect: "Whether the agent takes base backups by itself: the first one as soon as the stream runs, and one \
+                 whenever the archive has a gap behind the last one.",
+        example: "true",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.max_rate",
+        kind: "size, 32KiB to 1GiB, each second",
+        default: Some("none: as fast as it goes"),
+        effect: "How much the server may send of its files in a second, to leave its disks to others.",
+        example: "\"50MiB\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.checkpoint",
+        kind: "\"fast\" or \"spread\"",
+        default: Some("\"fast\""),
+        effect: "A backup begins with a checkpoint: at once, or spread over the server's checkpoint_completion_target.",
+        example: "\"spread\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.label",
+        kind: "one line of text",
+        default: Some("none"),
+        effect: "What backups are labelled where `seawall backup --label` says nothing else.",
+        example: "\"nightly\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.from",
+        kind: "libpq connection string or URI",
+        default: Some("the server WAL is streamed from"),
+        effect: "A standby whose files are copied instead; WAL is streamed from the primary all the same. The \
+                 cluster's password_file holds for it too.",
+        example: "\"host=db2 user=seawall\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.compression",
+        kind: "\"none\", \"gzip\", \"lz4\" or \"zstd\"",
+        default: Some("\"none\""),
+        effect: "How the server compresses what it sends (15 and later, as it was built), for a thin network. What is \
+                 stored is compressed here, with zstd.",
+        example: "\"lz4\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.manifest_checksums",
+        kind: "\"crc32c\", \"sha224\", \"sha256\", \"sha384\" or \"sha512\"",
+        default: Some("\"crc32c\""),
+        effect: "Of every file, in the backup's manifest; calculated by the server, which SHA costs far more.",
+        example: "\"sha256\"",
+    },
+    KeyDoc {
         key: "repositories.NAME.url",
         kind: "URL: file:///absolute/path or s3://bucket/prefix",
         default: None,
@@ -269,7 +331,7 @@ const REFERENCE: &[KeyDoc] = &[
         key: "repositories.NAME.storage_class.backup",
         kind: "storage class as S3 names it",
         default: Some("the bucket's"),
-        effect: "For volumes of base backups, which this version does not take yet.",
+        effect: "For volumes of base backups.",
         example: "\"STANDARD_IA\"",
     },
     KeyDoc {

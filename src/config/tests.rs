@@ -1,6 +1,8 @@
 use super::*;
+use crate::catalog::manifest::ChecksumAlgorithm;
 use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{MemoryEnvironment, Purpose};
+use crate::replication::base_backup::{Checkpoint, CompressionMethod};
 use crate::repository::s3::{Checksum, ServerSideEncryption, StorageClasses};
 
 const SIMPLE: &str = r#"
@@ -53,6 +55,31 @@ fn file_is_read_with_defaults() {
 }
 
 #[test]
+fn backups_are_taken_by_default_and_as_told() {
+    let backup = only(SIMPLE).backup;
+    assert!(backup.automatic && backup.max_rate_kib.is_none() && backup.from.is_none());
+    let told = "backup = { automatic = false, max_rate = \"50MiB\", checkpoint = \"spread\", label = \"a b\", \
+                compression = \"lz4\", manifest_checksums = \"sha256\", from = \"host=db2\" }";
+    let backup = only(&with(told)).backup;
+    assert_eq!((backup.automatic, backup.max_rate_kib, backup.checkpoint), (false, Some(51200), Checkpoint::Spread));
+    assert_eq!((backup.compression, backup.checksums), (Some(CompressionMethod::Lz4), ChecksumAlgorithm::Sha256));
+    assert_eq!((backup.label.as_deref(), backup.from.unwrap().hosts_summary().as_str()), (Some("a b"), "db2:5432"));
+    for (line, expected) in [
+        ("backup.max_rate = \"31KiB\"", "32KiB to 1GiB"),
+        ("backup.max_rate = \"2GiB\"", "32KiB to 1GiB"),
+        ("backup.checkpoint = \"slow\"", "one of \"fast\", \"spread\""),
+        ("backup.label = \"a\\nb\"", "one line of 1 to 1023 bytes"),
+        ("backup.compression = \"zstd:3\"", "one of \"none\""),
+        ("backup.manifest_checksums = \"md5\"", "one of \"crc32c\""),
+        ("backup.automatic = \"no\"", "true or false"),
+        ("backup = true", "a table, such as"),
+    ] {
+        let message = refused(&with(line)).to_string();
+        assert!(message.contains(expected), "{message}");
+    }
+}
+
+#[test]
 fn unknown_keys_name_file_line_and_neighbour() {
     for (text, expected) in [
         (with("solt = \"x\""), "unknown key clusters.main.solt in seawall.toml:5; did you mean slot?"),
@@ -61,7 +88,14 @@ fn unknown_keys_name_file_line_and_neighbour() {
         (format!("{SIMPLE}uri = \"x\""), "unknown key repositories.local.uri in seawall.toml:8; did you mean url?"),
         (with("[clusters.main.bakcup]"), "unknown key clusters.main.bakcup in seawall.toml:5"),
         (with("protect = \"primary\""), "clusters.main.protect is not available in this version (seawall.toml:5)"),
-        (with("[clusters.main.backup]"), "clusters.main.backup is not available in this version (seawall.toml:5)"),
+        (
+            with("[clusters.main.backup]\nfull = \"0 2 * * 0\""),
+            "clusters.main.backup.full is not available in this version (seawall.toml:6)",
+        ),
+        (
+            with("backup.lable = \"x\""),
+            "unknown key clusters.main.backup.lable in seawall.toml:5; did you mean backup.label?",
+        ),
         (with("[alerts]"), "[alerts] is not available in this version (seawall.toml:5)"),
         (with("[http]\nlisen = 1"), "unknown key http.lisen in seawall.toml:6; did you mean listen?"),
         (with("[spool]\npath.x = 1"), "invalid spool.path in seawall.toml:6: expected text in quotes"),
@@ -379,7 +413,7 @@ fn every_key_can_be_a_variable() {
         ("SEAWALL__CLUSTER__MAIN__SLOT", "did you mean SEAWALL__CLUSTERS__…?"),
         ("SEAWALL__CLUSTERS__SLOT", "did you mean SEAWALL__CLUSTERS__NAME__KEY?"),
         ("SEAWALL__ALERTS__WEBHOOK", "not available in this version"),
-        ("SEAWALL__CLUSTERS__MAIN__BACKUP__FULL", "clusters.main.backup is not available in this version"),
+        ("SEAWALL__CLUSTERS__MAIN__BACKUP__FULL", "clusters.main.backup.full is not available in this version"),
         ("SEAWALL__HTTP", "did you mean SEAWALL__HTTP__KEY?"),
         ("SEAWALL__HTTP__LISEN", "did you mean listen?"),
         ("SEAWALL__REPOSITORIES__LOCAL__STORAGE_CLASS__WLA", "did you mean storage_class.wal?"),

@@ -81,6 +81,21 @@ fn truth(value: bool) -> f64 {
     f64::from(u8::from(value))
 }
 
+fn set_backups(facts: &ClusterFacts, set: impl Fn(&'static str, f64)) {
+    let backups = &facts.backups;
+    let last = backups.last.as_ref();
+    let finished = last.and_then(|last| last.finished);
+    let seconds = |at: jiff::Timestamp| at.as_microsecond() as f64 / 1e6;
+    set(names::BACKUP_LAST, finished.map_or(f64::NAN, seconds));
+    let took = finished.zip(last).map(|(finished, last)| finished.duration_since(last.started).as_secs_f64());
+    set(names::BACKUP_SECONDS, took.unwrap_or(f64::NAN));
+    set(names::BACKUP_RAW, number(last.and_then(|last| last.raw_bytes)));
+    set(names::BACKUP_STORED, number(last.and_then(|last| last.stored_bytes)));
+    set(names::BACKUP_RUNNING, truth(backups.running.is_some()));
+    set(names::BACKUP_DONE_BYTES, number(backups.running.as_ref().map(|running| running.raw_bytes)));
+    set(names::BACKUPS_MISSING, number(backups.is_known.then_some(backups.missing.len() as u64)));
+}
+
 fn set_cluster(facts: &ClusterFacts) {
     let cluster = &facts.name;
     let set = |name: &'static str, value: f64| gauge!(name, "cluster" => cluster.clone()).set(value);
@@ -108,6 +123,7 @@ fn set_cluster(facts: &ClusterFacts) {
     set(names::HELD_BYTES, facts.held_bytes as f64);
     set(names::HELD_LIMIT_BYTES, facts.held_limit_bytes as f64);
     set(names::GAPS_OPEN, number(facts.gaps.map(|count| count as u64)));
+    set_backups(facts, set);
     if let Some(spool) = &facts.spool {
         set(names::SPOOL_BYTES, spool.used_bytes as f64);
         set(names::SPOOL_LIMIT_BYTES, spool.limit_bytes as f64);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use super::backup::{BackupEntry, BackupRunning};
 use super::status::{ClusterStatus, Health, RepositoryStatus, SlotStatus, State, size};
 use crate::receiver::Acknowledge;
 use crate::wal::{Lsn, SystemId, TimelineId};
@@ -41,6 +42,7 @@ pub struct ClusterFacts {
     pub slot: SlotFacts,
     /// Open ones; `None`: not looked at.
     pub gaps: Option<usize>,
+    pub backups: BackupFacts,
     /// Why there is no stream.
     pub failure: Option<String>,
     /// Why less is acknowledged than the contract promises.
@@ -124,6 +126,40 @@ pub struct SlotFacts {
     pub lost: Option<String>,
 }
 
+/// What is known of a cluster's backups.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BackupFacts {
+    /// Whether the repositories have been looked at; nothing below says anything before.
+    pub is_known: bool,
+    /// The newest complete one.
+    pub last: Option<BackupEntry>,
+    /// Repositories that take part and hold no complete one.
+    pub missing: Vec<String>,
+    /// A gap lies between the newest one and now.
+    pub is_behind_gap: bool,
+    /// Taken by this agent.
+    pub running: Option<BackupRunning>,
+    /// Of this agent, since it started.
+    pub failures: u64,
+    /// Why the last attempt came to nothing, until one succeeds.
+    pub failure: Option<String>,
+}
+
+impl BackupFacts {
+    pub fn last_id(&self) -> Option<String> {
+        self.last.as_ref().map(|entry| entry.id.clone())
+    }
+
+    /// What is on its way, behind what is not there.
+    fn outlook(&self) -> String {
+        match (&self.running, &self.failure) {
+            (Some(running), _) => format!("; {}", running.to_text()),
+            (None, Some(why)) => format!("; the last attempt failed: {why}"),
+            (None, None) => String::new(),
+        }
+    }
+}
+
 /// Something that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -172,6 +208,7 @@ impl ClusterFacts {
         if let Some(count @ 1..) = self.gaps {
             find(Health::Degraded, true, format!("{count} open gap(s) in the archive: see `seawall gaps`"));
         }
+        self.find_in_backups(&mut find);
         let slot = &self.slot.name;
         if let Some(why) = &self.slot.lost {
             find(Health::Failing, true, format!("slot {slot} is lost: {why}"));
@@ -183,6 +220,32 @@ impl ClusterFacts {
             find(Health::Degraded, false, text.to_string());
         }
         findings
+    }
+
+    fn find_in_backups(&self, find: &mut impl FnMut(Health, bool, String)) {
+        let backups = &self.backups;
+        if !backups.is_known {
+            return;
+        }
+        let outlook = backups.outlook();
+        match (&backups.last, &backups.missing[..]) {
+            (None, _) => {
+                find(Health::Degraded, true, format!("there is no base backup: nothing can be restored{outlook}"))
+            }
+            (Some(_), []) if backups.is_behind_gap => {
+                let text =
+                    format!("a gap follows the newest base backup: what came after it cannot be restored{outlook}");
+                find(Health::Degraded, true, text);
+            }
+            (Some(_), []) if backups.failure.is_some() => {
+                find(Health::Degraded, false, format!("no new base backup{outlook}"));
+            }
+            (Some(_), []) => {}
+            (Some(_), missing) => {
+                let text = format!("there is no base backup in repository {}{outlook}", missing.join(", "));
+                find(Health::Degraded, true, text);
+            }
+        }
     }
 
     fn find_in_repositories(&self, find: &mut impl FnMut(Health, bool, String)) {
@@ -235,7 +298,8 @@ impl ClusterFacts {
                 safe_wal_bytes: self.slot.safe_wal_bytes,
                 hours_left: None,
             },
-            last_backup: None,
+            last_backup: self.backups.last.clone(),
+            backup_running: self.backups.running.clone(),
             window: None,
             gaps: self.gaps,
             health: Health::Ok,

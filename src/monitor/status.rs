@@ -4,6 +4,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::backup::{BackupEntry, BackupRunning};
 use crate::receiver::Acknowledge;
 use crate::wal::Lsn;
 
@@ -36,7 +37,10 @@ pub struct ClusterStatus {
     pub lag_bytes: Option<u64>,
     pub repositories: Vec<RepositoryStatus>,
     pub slot: SlotStatus,
-    pub last_backup: Option<String>,
+    /// The newest complete one.
+    pub last_backup: Option<BackupEntry>,
+    /// Taken by the agent at this moment.
+    pub backup_running: Option<BackupRunning>,
     pub window: Option<()>,
     /// Open ones.
     pub gaps: Option<usize>,
@@ -153,10 +157,11 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or("nothing".to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}, open gaps {gaps}",
             self.name,
             self.health.word(),
             safe.unwrap_or_default(),
+            self.last_backup.as_ref().map_or("none", |backup| &backup.id),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));
         std::iter::once(line).chain(reasons).collect::<Vec<_>>().join("\n")

@@ -59,6 +59,15 @@ pub const REPOSITORY_STATE: &str = "seawall_repository_state";
 pub const SLOT_STATUS: &str = "seawall_slot_wal_status";
 pub const SLOT_SAFE_BYTES: &str = "seawall_slot_safe_wal_bytes";
 pub const SLOT_ACTIVE: &str = "seawall_slot_active";
+pub const BACKUP_LAST: &str = "seawall_last_backup_timestamp_seconds";
+pub const BACKUP_SECONDS: &str = "seawall_last_backup_duration_seconds";
+pub const BACKUP_RAW: &str = "seawall_last_backup_raw_bytes";
+pub const BACKUP_STORED: &str = "seawall_last_backup_stored_bytes";
+pub const BACKUP_RUNNING: &str = "seawall_backup_running";
+pub const BACKUP_DONE_BYTES: &str = "seawall_backup_running_raw_bytes";
+pub const BACKUPS_MISSING: &str = "seawall_repositories_without_backup";
+const BACKUPS: &str = "seawall_backups_total";
+const BACKUP_FAILURES: &str = "seawall_failed_backups_total";
 const STREAMS: &str = "seawall_streams_total";
 const FAILURES: &str = "seawall_failed_attempts_total";
 const STORE_REQUESTS: &str = "seawall_store_requests_total";
@@ -95,6 +104,15 @@ pub const CATALOGUE: &[MetricDoc] = &[
     gauge(SPOOL_BYTES, CLUSTER, "WAL in the local spool."),
     gauge(SPOOL_LIMIT_BYTES, CLUSTER, "The cluster's share of the spool."),
     gauge(GAPS_OPEN, CLUSTER, "Holes in the archive that nothing has healed."),
+    gauge(BACKUP_LAST, CLUSTER, "When the newest complete base backup was finished, in Unix time."),
+    gauge(BACKUP_SECONDS, CLUSTER, "How long the newest complete base backup took."),
+    gauge(BACKUP_RAW, CLUSTER, "What the newest complete base backup holds, uncompressed."),
+    gauge(BACKUP_STORED, CLUSTER, "What the newest complete base backup takes in a repository."),
+    gauge(BACKUP_RUNNING, CLUSTER, "1 while this agent takes a base backup."),
+    gauge(BACKUP_DONE_BYTES, CLUSTER, "What the server has sent of the base backup under way; NaN without one."),
+    gauge(BACKUPS_MISSING, CLUSTER, "Repositories that take part and hold no complete base backup."),
+    counter(BACKUPS, CLUSTER, "Base backups this agent has completed."),
+    counter(BACKUP_FAILURES, CLUSTER, "Base backups this agent has tried in vain."),
     gauge(REPOSITORY_LSN, REPOSITORY, "Record end up to which the repository holds everything."),
     gauge(REPOSITORY_STATE, &["cluster", "repository", "state"], "1 for the state it is in, 0 for the others."),
     gauge(SLOT_STATUS, &["cluster", "status"], "1 for the slot's wal_status, 0 for the others; asked once a minute."),
@@ -149,6 +167,16 @@ pub fn stream_began(cluster: &str) {
 /// An attempt to connect and stream failed.
 pub fn attempt_failed(cluster: &str, class: &'static str) {
     counter!(FAILURES, "cluster" => cluster.to_string(), "class" => class).increment(1);
+}
+
+/// A base backup exists.
+pub fn backup_completed(cluster: &str) {
+    counter!(BACKUPS, "cluster" => cluster.to_string()).increment(1);
+}
+
+/// A base backup came to nothing.
+pub fn backup_failed(cluster: &str) {
+    counter!(BACKUP_FAILURES, "cluster" => cluster.to_string()).increment(1);
 }
 
 /// A call to a store is about to be repeated.

@@ -1,13 +1,15 @@
 //! Owns: reading and creating the JSON objects of backups, pins and leases.
 //! Does not own: volumes (`backup`, `restore`), when any of them is created (`backup`, `agent`), who may delete (`retention`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use serde::de::DeserializeOwned;
 
-use super::{Archive, CatalogError, FETCHES, fetch_json, objects, place, put_json_new};
+use super::{Archive, CatalogError, FETCHES, LISTINGS_MAX, fetch_json, objects, place, put_json_new};
 use crate::catalog::backup::{BackupFile, BackupRecord, BeginFile, DeadFile, LeaseFile, PinFile};
+use crate::catalog::ledger::{BACKUP_ID, FactKind, LedgerFact};
+use crate::catalog::shelf::Shelf;
 use crate::repository::layout::{BackupId, LeaseNumber, PinName};
 use crate::repository::{Entry, Key, StoreErrorKind};
 
@@ -76,16 +78,67 @@ impl Archive {
 
     /// The lease that counts; `None` while nobody ever took one.
     pub async fn lease(&self) -> Result<Option<LeaseFile>, CatalogError> {
-        let listed = self.backend.list(Some(&self.lineage.leases())).await?;
-        let Some(number) = objects(&listed).filter_map(|(name, _)| LeaseNumber::parse(name)).max() else {
-            return Ok(None);
-        };
-        self.required(&self.lineage.lease(number)).await.map(Some)
+        for _ in 0..LISTINGS_MAX {
+            let Some(number) = self.lease_numbers().await?.into_iter().max() else { return Ok(None) };
+            if let Some(file) = self.lease_numbered(number).await? {
+                return Ok(Some(file));
+            }
+            // Tidied away since the listing: there is a higher one.
+        }
+        let directory = place(self.backend(), &self.lineage.leases());
+        Err(CatalogError::Unsteady { directory, attempts: LISTINGS_MAX })
     }
 
     /// Takes or renews a lease; false when somebody else has that number.
     pub async fn put_lease(&self, file: &LeaseFile) -> Result<bool, CatalogError> {
         self.created(&self.lineage.lease(file.number), file).await
+    }
+
+    /// Which leases are there, by number.
+    async fn lease_numbers(&self) -> Result<Vec<LeaseNumber>, CatalogError> {
+        let listed = self.backend.list(Some(&self.lineage.leases())).await?;
+        Ok(objects(&listed).filter_map(|(name, _)| LeaseNumber::parse(name)).collect())
+    }
+
+    /// Removes the leases nobody looks at any more: the highest one says all there is to say.
+    pub async fn delete_leases_below(&self, number: LeaseNumber) -> Result<(), CatalogError> {
+        let below = self.lease_numbers().await?.into_iter().filter(|other| *other < number);
+        let keys: Vec<Key> = below.map(|number| self.lineage.lease(number)).collect();
+        Ok(self.backend.delete_all(&keys).await?)
+    }
+
+    /// The lease with this number, where it is still there.
+    pub async fn lease_numbered(&self, number: LeaseNumber) -> Result<Option<LeaseFile>, CatalogError> {
+        fetch_json(self.backend(), &self.lineage.lease(number)).await
+    }
+
+    /// The backups that were taken note of as failed: id to fact, the last word on each.
+    pub async fn failed_backups(&self) -> Result<BTreeMap<BackupId, LedgerFact>, CatalogError> {
+        let facts = self.facts(|kind| kind == FactKind::BackupFailed.word()).await?;
+        let id = |fact: &LedgerFact| fact.details.get(BACKUP_ID)?.as_str()?.parse().ok();
+        Ok(facts.into_iter().filter_map(|fact| Some((id(&fact)?, fact))).collect())
+    }
+
+    /// All that is there of backups, and is said about them.
+    pub async fn shelf(&self) -> Result<Shelf, CatalogError> {
+        // The lease first: a backup that ends while this is read was under way, or is there.
+        let lease = self.lease().await?;
+        let failed = self.failed_backups().await?;
+        let mut shelf = Shelf {
+            records: self.backup_records().await?,
+            failed,
+            pins: self.pins().await?,
+            lease,
+            ..Shelf::default()
+        };
+        let begun = |record: &BackupRecord| record.begin.as_ref().and_then(|begin| begin.lease);
+        let numbers: BTreeSet<LeaseNumber> = shelf.unfinished().filter_map(begun).collect();
+        for number in numbers {
+            if let Some(file) = self.lease_numbered(number).await? {
+                shelf.begun_under.insert(number, file);
+            }
+        }
+        Ok(shelf)
     }
 
     /// Creates an object; false when its name is taken.
