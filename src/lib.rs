@@ -42,11 +42,11 @@
 //! | [`receiver`] | a chunk's life: match, prove, cut; what is acknowledged |
 //! | [`archiver`] | a segment's life: compress, store, index; tails |
 //! | [`backup`] | a base backup: verified, cut into volumes, stored |
-//! | [`restore`] | the `restore_command` |
+//! | [`restore`] | what can be restored, restoring it, the `restore_command`, and WAL held ready ahead of it |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
 //! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |
-//! | [`agent`] | one cluster's agent: connect, decide where to go on, stream, again |
+//! | [`agent`] | one cluster's agent: connect, decide where to go on, stream, again; its base backups beside that |
 //! | [`cli`] | one file for each verb |
 //! | [`testkit`] | models of WAL, server and store, for tests and benches; the program never uses it |
 //!

@@ -20,7 +20,7 @@ use crate::agent::world::World;
 use crate::archiver::Workers;
 use crate::backup::{BackupPhase, BackupProgress};
 use crate::catalog::shelf::{Outcome, Shelved};
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, Location, RepositoryConfig};
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::monitor::backup::BackupEntry;
 use crate::postgres::{Purpose, connect};
@@ -33,6 +33,7 @@ const SAY_INTERVAL: Duration = Duration::from_secs(10);
 
 pub fn run(global: &Global, args: &BackupArgs) -> Result<Verdict, Failure> {
     let cluster = setup::cluster(global)?;
+    refuse_beside_single_writer(&cluster)?;
     let (entry, failed) =
         setup::block_on_threads(setup::threads_for_roots(cluster.repositories.len()), take(&cluster, args, global))??;
     match global.json {
@@ -43,6 +44,22 @@ pub fn run(global: &Global, args: &BackupArgs) -> Result<Verdict, Failure> {
         None => Ok(Verdict::Fine),
         // It exists, and not everywhere it should.
         Some((repository, why)) => Err(why.context(format_args!("repository {repository} does not have it"))),
+    }
+}
+
+/// A store without conditional writes cannot keep two apart: no lease on it means anything.
+fn refuse_beside_single_writer(cluster: &ClusterConfig) -> Result<(), Failure> {
+    let is_single = |repository: &&RepositoryConfig| match &repository.location {
+        Location::S3(options) => options.single_writer,
+        Location::Local(_) => false,
+    };
+    match cluster.repositories.iter().find(is_single) {
+        None => Ok(()),
+        Some(repository) => {
+            let message =
+                format!("repository {} has single_writer = true: only the agent takes backups there", repository.name);
+            Err(Failure::new(ExitCode::Config, message).hint("the agent takes them by itself (backup.automatic)"))
+        }
     }
 }
 

@@ -225,6 +225,10 @@ impl ClusterFacts {
     fn find_in_backups(&self, find: &mut impl FnMut(Health, bool, String)) {
         let backups = &self.backups;
         if !backups.is_known {
+            // Without a stream there is worse to say.
+            if matches!(self.state, State::Streaming | State::Paused) {
+                find(Health::Degraded, true, "it is not known yet whether there is a base backup".to_string());
+            }
             return;
         }
         let outlook = backups.outlook();
@@ -383,6 +387,8 @@ impl LossClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::monitor::backup::BackupStatus;
+    use crate::repository::layout::BackupType;
     use proptest::prelude::*;
 
     fn seconds(seconds: u64) -> Duration {
@@ -438,6 +444,26 @@ mod tests {
     }
 
     fn healthy() -> ClusterFacts {
+        let entry = BackupEntry {
+            id: "20261122T110000Z-full".into(),
+            backup_type: BackupType::Full,
+            parent: None,
+            started: Timestamp::UNIX_EPOCH,
+            finished: None,
+            start_lsn: None,
+            stop_lsn: None,
+            timeline: None,
+            raw_bytes: None,
+            stored_bytes: None,
+            status: BackupStatus::Complete,
+            pinned: false,
+            label: None,
+            postgres_version: None,
+            cluster: "main".into(),
+            lineage: "7".into(),
+            repositories: vec!["local".into()],
+            cause: None,
+        };
         let repository = RepositoryFacts {
             name: "local".into(),
             frontier: Some(Lsn(100)),
@@ -459,6 +485,7 @@ mod tests {
             rpo_max: seconds(60),
             repositories: vec![repository.clone(), RepositoryFacts { name: "offsite".into(), ..repository }],
             required: 1,
+            backups: BackupFacts { is_known: true, last: Some(entry), ..BackupFacts::default() },
             ..ClusterFacts::default()
         }
     }
@@ -499,6 +526,33 @@ mod tests {
             assert_eq!(findings.len(), 1, "{findings:?}");
             assert_eq!((findings[0].health, findings[0].exposes), (health, exposes), "{findings:?}");
             assert!(findings[0].text.contains(text), "{findings:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_base_backup_nothing_is_protected() {
+        let there = healthy().backups;
+        let none = BackupFacts { is_known: true, missing: vec!["local".into()], ..BackupFacts::default() };
+        let running = BackupRunning { phase: "copying".into(), raw_bytes: 1024, ..BackupRunning::default() };
+        let failed = Some("no room".to_string());
+        let cases = [
+            (BackupFacts::default(), Some((true, "not known yet"))),
+            (there.clone(), None),
+            (none.clone(), Some((true, "there is no base backup: nothing can be restored"))),
+            (BackupFacts { running: Some(running), ..none.clone() }, Some((true, "backup: copying, 1.0 KiB"))),
+            (BackupFacts { failure: failed.clone(), ..none }, Some((true, "the last attempt failed: no room"))),
+            (BackupFacts { failure: failed, ..there.clone() }, Some((false, "no new base backup; the last attempt"))),
+            (BackupFacts { is_behind_gap: true, ..there.clone() }, Some((true, "a gap follows the newest"))),
+            (BackupFacts { missing: vec!["offsite".into()], ..there }, Some((true, "in repository offsite"))),
+        ];
+        for (backups, expected) in cases {
+            let findings = ClusterFacts { backups, ..healthy() }.findings();
+            let found = findings.first().map(|finding| (finding.exposes, finding.text.as_str()));
+            let agrees = match (found, expected) {
+                (Some((exposes, text)), Some((expected, words))) => exposes == expected && text.contains(words),
+                (found, expected) => found.is_none() && expected.is_none(),
+            };
+            assert!(agrees && findings.len() <= 1, "{findings:?} instead of {expected:?}");
         }
     }
 

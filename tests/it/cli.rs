@@ -367,6 +367,11 @@ fn run_drains_on_sigterm_and_wal_get_delivers_what_it_archived() {
     let Some(place) = Place::new() else { return };
     let mut running = Agent::start(place.arguments("user=seawall password=right", &["run"]));
     running.wait_for_log("streaming", DEADLINE);
+    // Its checkpoint would take away the segment that is compared below.
+    process::eventually(DEADLINE, "the first base backup", || {
+        let list = place.run(&["list", "--json"]);
+        (list.code == 0 && !list.json()["backups"][0]["finished"].is_null()).then_some(())
+    });
     place.server.sql("create table t as select generate_series(1, 30000)");
     let first = place.server.current_segment();
     place.server.switch_wal();

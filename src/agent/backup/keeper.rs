@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::lease::{Lease, Patience, Tenant};
 use super::{BackupSettings, Job, Place, open_gaps, running, settle};
 use crate::agent::cluster::{State, Status};
-use crate::agent::session::Watched;
+use crate::agent::session::{RepositoryState, Watched};
 use crate::agent::world::{ClusterOptions, World};
 use crate::backup::{BackupError, BackupPhase, BackupProgress};
 use crate::catalog::backup::BackupFile;
@@ -67,12 +67,12 @@ struct Known {
     read: Instant,
 }
 
-/// Why a backup is to be taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
-    None,
-    First,
-    Gap,
+/// Why a backup is to be taken, and where it goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Need {
+    why: &'static str,
+    /// Names of repositories; what has a good one is not given another.
+    lacking: Vec<String>,
 }
 
 impl Keeper {
@@ -155,20 +155,26 @@ impl Keeper {
 
     /// One look, and what follows from it; how long to wait before the next.
     async fn round(&mut self, watched: &Watched) -> Duration {
-        let places: Vec<Place> = watched.opened.iter().map(Place::from).collect();
-        let ledger = match self.look(&places).await {
-            Ok(ledger) => ledger,
+        // One that is out gets its own when it is back: a new stream begins then.
+        let is_there = |place: &Place| {
+            let repository = watched.repositories.get(place.index);
+            repository.is_some_and(|repository| !matches!(repository.state(), RepositoryState::Absent(_)))
+        };
+        let mut places: Vec<Place> = watched.opened.iter().map(Place::from).filter(is_there).collect();
+        let ledgers = match self.look(&places).await {
+            Ok(ledgers) => ledgers,
             Err(failure) => {
                 tracing::debug!(cluster = self.options.name, %failure, "cannot look for backups");
                 return BUSY_INTERVAL;
             }
         };
-        let need = self.judge(&ledger);
-        if !self.settings.automatic || need == Need::None {
+        let need = self.judge(&ledgers).filter(|_| self.settings.automatic);
+        let Some(need) = need else {
             self.settle(&places).await;
             return LOOK_INTERVAL;
-        }
-        match self.attempt(watched, places, need).await {
+        };
+        places.retain(|place| need.lacking.contains(&place.name));
+        match self.attempt(watched, places, need.why).await {
             Ok(()) => {
                 self.failures = 0;
                 self.facts.send_modify(|facts| facts.failure = None);
@@ -199,13 +205,12 @@ impl Keeper {
         pause
     }
 
-    /// Finds out which backups there are; what the ledgers say.
-    async fn look(&mut self, places: &[Place]) -> Result<Vec<LedgerFact>, Failure> {
-        let mut ids = Vec::new();
-        let mut ledger = Vec::new();
+    /// Finds out which backups there are; what each ledger says.
+    async fn look(&mut self, places: &[Place]) -> Result<Vec<Vec<LedgerFact>>, Failure> {
+        let (mut ids, mut ledgers) = (Vec::new(), Vec::new());
         for place in places {
             ids.push(place.archive.backup_ids().await?.into_iter().collect::<BTreeSet<BackupId>>());
-            ledger.extend(place.archive.ledger().await?);
+            ledgers.push(place.archive.ledger().await?);
         }
         let is_known = |known: &Known| {
             let names = |(place, _): &(Place, Shelf)| place.name.clone();
@@ -221,33 +226,37 @@ impl Keeper {
             }
             self.known = Some(Known { shelves, ids, read: Instant::now() });
         }
-        Ok(ledger)
+        Ok(ledgers)
     }
 
     /// What is missing, published too.
-    fn judge(&self, ledger: &[LedgerFact]) -> Need {
+    fn judge(&self, ledgers: &[Vec<LedgerFact>]) -> Option<Need> {
         let shelves = self.known.as_ref().map_or(&[][..], |known| &known.shelves[..]);
         let named: Vec<(&str, &Shelf)> = shelves.iter().map(|(place, shelf)| (place.name.as_str(), shelf)).collect();
         let all = shelf::union(&named, self.world.clock.now());
         let newest = all.iter().rfind(|shelved| shelved.outcome == Outcome::Complete);
         let lineage = shelves.first().map(|(place, _)| place.archive.lineage.directory_name()).unwrap_or_default();
-        let missing: Vec<String> = shelves
-            .iter()
-            .filter(|(_, shelf)| shelf.complete().next().is_none())
-            .map(|(place, _)| place.name.clone())
-            .collect();
-        let is_behind_gap =
-            newest.and_then(|shelved| shelved.file.as_ref()).is_some_and(|file| follows_gap(file, ledger));
-        let need = match (missing.is_empty(), is_behind_gap) {
-            (false, _) => Need::First,
-            (true, true) => Need::Gap,
-            (true, false) => Need::None,
-        };
+        let (mut missing, mut behind) = (Vec::new(), Vec::new());
+        for ((place, shelf), ledger) in shelves.iter().zip(ledgers) {
+            match shelf.complete().last() {
+                None => missing.push(place.name.clone()),
+                Some(file) if follows_gap(file, ledger) => behind.push(place.name.clone()),
+                Some(_) => {}
+            }
+        }
         let last = newest.map(|shelved| BackupEntry::new(&self.options.name, &lineage, shelved));
+        let is_behind_gap = !behind.is_empty();
         self.facts.send_modify(|facts| {
-            (facts.is_known, facts.last, facts.missing, facts.is_behind_gap) = (true, last, missing, is_behind_gap);
+            (facts.is_known, facts.last, facts.is_behind_gap) = (true, last, is_behind_gap);
+            facts.missing.clone_from(&missing);
         });
-        need
+        let why = match (missing.is_empty(), is_behind_gap) {
+            (true, true) => "a gap follows the newest one",
+            (false, _) => "a repository has none",
+            (true, false) => return None,
+        };
+        missing.extend(behind);
+        Some(Need { why, lacking: missing })
     }
 
     /// Takes note of what somebody left unfinished, where no backup follows that would.
@@ -286,16 +295,12 @@ impl Keeper {
         }
     }
 
-    async fn attempt(&mut self, watched: &Watched, places: Vec<Place>, need: Need) -> Result<(), Failure> {
+    async fn attempt(&mut self, watched: &Watched, places: Vec<Place>, why: &'static str) -> Result<(), Failure> {
         let cluster = &self.options.name;
         let _turn = tokio::select! {
             biased;
             () = self.stop.cancelled() => return Err(BackupError::Stopped.into()),
             turn = self.turns.acquire() => turn.expect("the semaphore is never closed"),
-        };
-        let why = match need {
-            Need::Gap => "a gap follows the newest one",
-            _ => "a repository has none",
         };
         tracing::info!(cluster, why, "taking a base backup");
         let logins = self.world.logins.logins(Purpose::Physical)?;
@@ -324,7 +329,12 @@ impl Keeper {
             () = showing => unreachable!("it shows as long as the backup is taken"),
         };
         self.facts.send_modify(|facts| facts.running = None);
-        let done = done?;
+        let has_begun = progress.borrow().id.is_some();
+        let done = done.map_err(|failure| match failure.exit_code {
+            // Only somebody else's lease is no failure.
+            ExitCode::TryAgain if has_begun => Failure { exit_code: ExitCode::Unavailable, ..failure },
+            _ => failure,
+        })?;
         let (_, file) = &done.files[0];
         tracing::info!(
             cluster, backup = %done.id, start = %file.start_lsn, stop = %file.stop_lsn, raw_bytes = file.raw_bytes,
@@ -371,5 +381,59 @@ async fn show(cluster: String, facts: Arc<watch::Sender<BackupFacts>>, mut progr
         if progress.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::Crc32;
+    use crate::catalog::backup::ManifestEntry;
+    use crate::catalog::ledger::FactKind;
+    use crate::repository::layout::BackupType;
+    use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
+
+    fn backup(timeline: u32, start: u64) -> BackupFile {
+        let started = jiff::Timestamp::UNIX_EPOCH;
+        BackupFile {
+            schema: 1,
+            id: BackupId::new(started, BackupType::Full),
+            backup_type: BackupType::Full,
+            parent: None,
+            fallback: None,
+            label: None,
+            started,
+            finished: started,
+            system_id: SystemId(7),
+            server_version: "18.1".into(),
+            segment_size: SegmentSize::new(1 << 20).unwrap(),
+            timeline: TimelineId(timeline),
+            start_lsn: Lsn(start),
+            stop_lsn: Lsn(start + 8),
+            stop_time: None,
+            from_standby: false,
+            data_checksums: None,
+            raw_bytes: 0,
+            stored_bytes: 0,
+            manifest: ManifestEntry { bytes: 0, crc32: Crc32(0), files: 0, checksums: "CRC32C".into() },
+            tablespaces: Vec::new(),
+            volumes: Vec::new(),
+            config: Vec::new(),
+            version: "0".into(),
+        }
+    }
+
+    #[test]
+    fn only_an_open_gap_behind_its_start_makes_a_backup_needed() {
+        let fact = |kind, timeline, from, to| {
+            LedgerFact::new(kind, jiff::Timestamp::UNIX_EPOCH, "x").about(TimelineId(timeline), Lsn(from), Lsn(to))
+        };
+        let gap = fact(FactKind::Gap, 1, 100, 200);
+        assert!(follows_gap(&backup(1, 50), std::slice::from_ref(&gap)));
+        assert!(!follows_gap(&backup(1, 200), std::slice::from_ref(&gap)), "it begins where the gap ends");
+        assert!(follows_gap(&backup(1, 199), std::slice::from_ref(&gap)), "WAL it needs is missing");
+        assert!(!follows_gap(&backup(2, 50), std::slice::from_ref(&gap)), "on a line it has left");
+        assert!(follows_gap(&backup(1, 50), &[fact(FactKind::Gap, 2, 100, 200)]), "on a later one");
+        assert!(!follows_gap(&backup(1, 50), &[gap, fact(FactKind::GapHealed, 1, 100, 200)]));
     }
 }

@@ -99,8 +99,8 @@ impl Part {
         self.with_claim(|claim| claim.is_valid(now))
     }
 
-    /// Makes sure of it, by a look at the store, with a renewal where it has not been renewed in time. For a step that
-    /// must not be taken beside another holder.
+    /// Makes sure of it, by a look at the store (a machine that was frozen may have frozen its clock too), with a renewal
+    /// where it has not been renewed in time. For a step that must not be taken beside another holder.
     pub async fn confirm(&self) -> Result<(), Failure> {
         let standing = match self.is_valid() {
             true => self.within(self.look()).await?,

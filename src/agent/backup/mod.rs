@@ -8,6 +8,7 @@
 pub mod files;
 pub mod keeper;
 pub mod lease;
+mod standby;
 pub mod wal;
 
 use std::collections::BTreeSet;
@@ -148,18 +149,23 @@ impl Job<'_> {
         stop: &CancellationToken,
     ) -> Result<Done, Failure> {
         for part in lease.parts() {
-            settle(self.world, &part.place).await?;
+            if let Err(failure) = settle(self.world, &part.place).await {
+                tracing::info!(repository = part.place.name, %failure, "cannot look for what earlier backups left unfinished");
+            }
         }
-        let (connection, login) = self.connect().await?;
-        let captured = match files::capture(self.world.dialer.as_ref(), &self.sql_login(&login)?).await {
-            Ok(captured) => captured,
-            Err(failure) => files::Captured { files: Vec::new(), missing: Some(failure.to_string()) },
+        let (mut connection, login) = self.connect().await?;
+        let slot_restart_lsn = self.start_at_least(&mut connection, &login, lease).await?;
+        let captured = match self.sql_login(&login) {
+            Ok(login) => files::capture(self.world.dialer.as_ref(), &login).await,
+            Err(failure) => Err(failure),
         };
+        let captured = captured
+            .unwrap_or_else(|failure| files::Captured { files: Vec::new(), missing: Some(failure.to_string()) });
         let config = captured.files.into_iter();
         let request = Request {
             options: self.settings.options.clone(),
             destinations: lease.parts().iter().map(destination).collect(),
-            slot_restart_lsn: self.start_at_least(&login).await?,
+            slot_restart_lsn,
             config: config.map(|file| ConfigFile { name: file.name, path: file.path, bytes: file.content }).collect(),
             host: self.cluster.host.clone(),
         };
@@ -172,16 +178,22 @@ impl Job<'_> {
         // Ours to cancel, and cancelled with `stop`.
         let ended = stop.child_token();
         let lost = lease.lost();
+        let mut watching = progress.subscribe();
+        let mut phase = BackupPhase::default();
         let taking = backup::take(connection, request, &around, progress, &ended);
         tokio::pin!(taking);
-        let report = tokio::select! {
-            report = &mut taking => report,
-            () = lost.cancelled() => {
-                ended.cancel();
-                taking.await
+        let report = loop {
+            tokio::select! {
+                report = &mut taking => break report,
+                () = lost.cancelled(), if !ended.is_cancelled() => ended.cancel(),
+                _ = watching.changed() => {
+                    let now = watching.borrow_and_update().phase;
+                    if now != BackupPhase::Ended {
+                        phase = now;
+                    }
+                }
             }
         };
-        let phase = progress.borrow().phase;
         self.conclude(lease, report, phase, captured.missing).await
     }
 
@@ -260,18 +272,36 @@ impl Job<'_> {
         same_server.ok_or_else(|| Failure::new(ExitCode::Internal, "no SQL login for this host"))
     }
 
-    /// The earliest LSN the backup can start at: where the slot holds WAL from; a standby starts at its last
-    /// restartpoint, which lies before that.
-    async fn start_at_least(&self, copied: &Login) -> Result<Lsn, Failure> {
+    /// The earliest LSN the backup can start at: where the slot holds WAL from. A standby starts at its last
+    /// restartpoint, which lies before that, and must be one the archive has WAL from.
+    async fn start_at_least(&self, connection: &mut Connection, copied: &Login, lease: &Lease) -> Result<Lsn, Failure> {
         let held = self.slot_restart().await?;
         if self.settings.from.is_none() {
             return Ok(held);
         }
-        let redo = "SELECT redo_lsn FROM pg_catalog.pg_control_checkpoint()";
-        let answer = sql::ask(self.world.dialer.as_ref(), &self.sql_login(copied)?, redo).await;
-        let redo = answer.ok().and_then(|answer| answer.text(0, 0)?.parse().ok());
+        let (dialer, sql) = (self.world.dialer.as_ref(), self.sql_login(copied)?);
         // Where it is not known, anything: that the archive has what the backup needs is looked up in the end.
-        Ok(redo.map_or(Lsn::ZERO, |redo: Lsn| redo.min(held)))
+        let redo = match standby::redo(dialer, &sql).await {
+            Ok(Some(redo)) => redo,
+            Ok(None) => return Ok(Lsn::ZERO),
+            Err(failure) => {
+                tracing::info!(cluster = self.cluster.name, %failure, "the standby cannot be asked where a backup of it begins");
+                return Ok(Lsn::ZERO);
+            }
+        };
+        let timeline = connection.identify_system().await?.timeline;
+        let begin = wal::Needed { timeline, start: redo, stop: Lsn(redo.0 + 1), segment_size: self.segment_size };
+        for part in lease.parts() {
+            if !wal::holds(&part.place, begin).await? {
+                tracing::info!(
+                    cluster = self.cluster.name, standby = %copied.address, restartpoint = %redo, repository = part.place.name,
+                    "the standby's last restartpoint lies before what the archive holds: the primary makes a checkpoint"
+                );
+                standby::follow_checkpoint(dialer, &self.primary, &sql).await?;
+                break;
+            }
+        }
+        Ok(redo.min(held))
     }
 
     async fn slot_restart(&self) -> Result<Lsn, Failure> {

@@ -81,6 +81,11 @@ pub async fn wait(
     }
 }
 
+/// Whether `place` holds all of it now.
+pub async fn holds(place: &Place, needed: Needed) -> Result<bool, Failure> {
+    Ok(matches!(held(place, needed).await?, Held::All(_)))
+}
+
 /// Until the agent says that the repository's end has passed `stop`.
 async fn told(status: &mut watch::Receiver<Status>, repository: usize, stop: Lsn) {
     loop {

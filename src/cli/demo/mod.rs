@@ -253,9 +253,8 @@ impl<'a> Story<'a> {
         let held = setup::block_on(contents(repository.clone()))??;
         let stored = bytes_below(&repository);
         self.say(&format!(
-            "{} of WAL without a hole and a backup of {}, in {} on disk",
+            "{} of WAL without a hole, and the backup, in {} on disk",
             output::size(held.bytes),
-            output::size(bytes_below(&self.server.data.join("base"))),
             output::size(stored),
         ));
         self.sql(REMAINS)
