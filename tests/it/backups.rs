@@ -285,7 +285,7 @@ fn assert_as_listed(data: &Path, manifest: &Manifest) {
 
 /// PostgreSQL's own opinion, without the WAL, which is elsewhere.
 fn pg_verifybackup(major: u32, data: &Path, manifest: &Path) {
-    let Some(installation) = verifier(major) else {
+    let Some(installation) = Installation::that_verifies(major) else {
         println!("skipped: no pg_verifybackup here reads a manifest of {major}");
         return;
     };
@@ -296,16 +296,6 @@ fn pg_verifybackup(major: u32, data: &Path, manifest: &Path) {
     let mut verify = installation.command("pg_verifybackup");
     verify.arg("-n").arg("-m").arg(&copy).arg(data);
     process::run_ok(&mut verify, PATIENCE);
-}
-
-/// Version 2 of the manifest came with 17. A relocated program may not run at all.
-fn verifier(major: u32) -> Option<Installation> {
-    let candidates = available_majors().into_iter().filter(|&tool| tool >= major.min(17)).filter_map(Installation::of);
-    let runs = |installation: &Installation| {
-        let mut version = installation.command("pg_verifybackup");
-        process::run(version.arg("--version"), PATIENCE).status.success()
-    };
-    candidates.filter(|installation| installation.has("pg_verifybackup")).find(runs)
 }
 
 /// A data directory that starts: with the WAL of its source, and its tablespaces where they are now.

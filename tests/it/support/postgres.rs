@@ -82,6 +82,18 @@ impl Installation {
         found.find(|one| one.has(tool)).unwrap_or_else(|| panic!("no {tool} here: run tests/servers/install"))
     }
 
+    /// One whose pg_verifybackup reads the manifests of `major` (version 2 came with 17), and runs: a relocated program
+    /// may not.
+    pub fn that_verifies(major: u32) -> Option<Installation> {
+        let candidates = available_majors().into_iter().filter(|&tool| tool >= major.min(17));
+        let runs = |installation: &Installation| {
+            let mut version = installation.command("pg_verifybackup");
+            process::run(version.arg("--version"), STATEMENT_DEADLINE).status.success()
+        };
+        let candidates = candidates.filter_map(Installation::of);
+        candidates.filter(|installation| installation.has("pg_verifybackup")).find(runs)
+    }
+
     pub fn has(&self, tool: &str) -> bool {
         self.directory.join("bin").join(tool).exists()
     }
