@@ -464,6 +464,31 @@ fn a_store_that_fails_for_a_while_slows_a_helper_and_does_not_end_it() {
     assert_eq!(restored::helpers(directory.path()).len(), 1);
 }
 
+#[test]
+fn a_helper_does_not_outlive_the_server_it_works_for() {
+    let Some(major) = postgres::newest_major() else { return };
+    let (server, archive) = archived(major);
+    let segments = sealed(&archive, &server);
+    let names: Vec<&String> = segments.keys().collect();
+    let directory = DataDir::with(&latest_marker(&archive, start_of(&archive, names[0]), &root()));
+    let postmaster = process::Reaped(Command::new("sleep").arg("600").spawn().expect("sleep starts"));
+    let pid_file = directory.path().join("postmaster.pid");
+    fs::write(&pid_file, format!("{}\n/data\n", postmaster.0.id())).unwrap();
+    directory.ask(&mut wal_get(&archive, &[]), names[0]).is(&segments[names[0]]);
+    restored::helper(directory.path());
+    drop(postmaster); // a crash: its file stays
+    restored::wait_no_helper(directory.path());
+    assert!(!directory.prefetch().exists());
+    // Recovery is started again: the marker still counts.
+    let postmaster = process::Reaped(Command::new("sleep").arg("600").spawn().expect("sleep starts"));
+    fs::write(&pid_file, format!("{}\n/data\n", postmaster.0.id())).unwrap();
+    directory.ask(&mut wal_get(&archive, &[]), names[1]).is(&segments[names[1]]);
+    restored::helper(directory.path());
+    fs::remove_file(pid_file).unwrap(); // it has stopped
+    restored::wait_no_helper(directory.path());
+    assert!(!directory.prefetch().exists());
+}
+
 // --- Who may see it ------------------------------------------------------------------------------------------------
 
 #[test]
