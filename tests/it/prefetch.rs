@@ -407,16 +407,20 @@ fn a_store_at_a_distance_is_asked_ahead_of_time_and_sparingly() {
     next.low += 1;
     directory.ask(&mut s3_wal_get(&rig, &[]), &next.to_string()).is_absent();
     let mut polls = BTreeMap::new();
-    for name in [next.to_string(), "00000002.history".to_owned()] {
+    for (name, ahead) in [(next.to_string(), "1MiB"), ("00000002.history".to_owned(), "1MiB"), (next.to_string(), "0")]
+    {
+        if ahead == "0" {
+            restored::kill(restored::helper(directory.path()));
+        }
         store.forget_requests();
-        directory.ask(&mut s3_wal_get(&rig, &[]), &name).is_absent();
+        directory.ask(&mut s3_wal_get(&rig, &["--ahead", ahead]), &name).is_absent();
         let requests: Vec<String> =
             store.requests().iter().map(|seen| format!("{:?} {} {}", seen.operation, seen.status, seen.key)).collect();
         println!("{name} is absent: {requests:#?}");
-        polls.insert(name, requests.len());
+        polls.insert((name, ahead), requests.len());
     }
     println!("requests of a poll: {polls:?}");
-    assert!(polls.values().all(|&requests| requests <= 4), "{polls:?}");
+    assert!(polls.iter().all(|(&(_, ahead), &requests)| requests <= if ahead == "0" { 8 } else { 4 }), "{polls:?}");
 
     // A store that fails is an error of wal-get's, never the end of WAL; what is ready is handed over all the same.
     store.heal();
@@ -428,7 +432,7 @@ fn a_store_at_a_distance_is_asked_ahead_of_time_and_sparingly() {
     assert_eq!((asked.code, asked.delivered), (Some(255), None), "{}", asked.stderr);
     store.heal();
     directory.ask(&mut s3_wal_get(&rig, &[]), &next.to_string()).is_absent();
-    assert_eq!(restored::helpers(directory.path()).len(), 1);
+    restored::helper(directory.path());
     assert_eq!(store.count(Operation::PutObject), 0);
 }
 
@@ -458,6 +462,31 @@ fn a_store_that_fails_for_a_while_slows_a_helper_and_does_not_end_it() {
     }
     assert!(store.faulted() > 5);
     assert_eq!(restored::helpers(directory.path()).len(), 1);
+}
+
+#[test]
+fn a_helper_does_not_outlive_the_server_it_works_for() {
+    let Some(major) = postgres::newest_major() else { return };
+    let (server, archive) = archived(major);
+    let segments = sealed(&archive, &server);
+    let names: Vec<&String> = segments.keys().collect();
+    let directory = DataDir::with(&latest_marker(&archive, start_of(&archive, names[0]), &root()));
+    let postmaster = process::Reaped(Command::new("sleep").arg("600").spawn().expect("sleep starts"));
+    let pid_file = directory.path().join("postmaster.pid");
+    fs::write(&pid_file, format!("{}\n/data\n", postmaster.0.id())).unwrap();
+    directory.ask(&mut wal_get(&archive, &[]), names[0]).is(&segments[names[0]]);
+    restored::helper(directory.path());
+    drop(postmaster); // a crash: its file stays
+    restored::wait_no_helper(directory.path());
+    assert!(!directory.prefetch().exists());
+    // Recovery is started again: the marker still counts.
+    let postmaster = process::Reaped(Command::new("sleep").arg("600").spawn().expect("sleep starts"));
+    fs::write(&pid_file, format!("{}\n/data\n", postmaster.0.id())).unwrap();
+    directory.ask(&mut wal_get(&archive, &[]), names[1]).is(&segments[names[1]]);
+    restored::helper(directory.path());
+    fs::remove_file(pid_file).unwrap(); // it has stopped
+    restored::wait_no_helper(directory.path());
+    assert!(!directory.prefetch().exists());
 }
 
 // --- Who may see it ------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ impl Window {
             self.path.begin_of(*timeline).is_some_and(|begin| self.size.segment_of(begin) <= number)
         };
         let oldest_first = self.path.ancestors().iter().map(|entry| entry.timeline).chain([self.path.timeline]);
-        let timeline = oldest_first.filter(begun).last().unwrap_or(self.path.timeline);
+        let timeline = oldest_first.rev().find(begun).unwrap_or(self.path.timeline);
         SegmentName::new(timeline, number, self.size)
     }
 
