@@ -2,7 +2,7 @@
 //! Does not own: compressing and storing volumes (`frames`, `store`), comparing with the manifest (`verdict`). Pure.
 
 use crate::catalog::manifest::{ChecksumAlgorithm, FileHasher, FileTable};
-use crate::codec::tar::{BLOCK_BYTES, Member, MemberKind, TRAILER, TarEnd, TarEvent, TarParser, shown};
+use crate::codec::tar::{BLOCK_BYTES, Member, MemberKind, TRAILER, TarEnd, TarError, TarEvent, TarParser, shown};
 use crate::repository::layout::TarStream;
 
 use super::BackupError;
@@ -161,7 +161,7 @@ impl KeptFiles {
     }
 }
 
-fn tar_error(stream: TarStream, error: crate::codec::tar::TarError) -> BackupError {
+fn tar_error(stream: TarStream, error: TarError) -> BackupError {
     BackupError::Tar { stream: stream.to_string(), error }
 }
 

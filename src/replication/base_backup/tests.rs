@@ -118,7 +118,7 @@ fn read(bytes: &[u8], step: usize, mut decoder: BackupDecoder) -> Result<String,
                 BackupEvent::Aside => {}
                 BackupEvent::Start(start) => said += &format!("start {} {}:", start.lsn, start.streams.len()),
                 BackupEvent::Archive(index) => said += &format!(" [{index}] "),
-                BackupEvent::Data(bytes) | BackupEvent::Manifest(bytes) => said += std::str::from_utf8(bytes).unwrap(),
+                BackupEvent::Data(bytes) | BackupEvent::Manifest(bytes) => said += &String::from_utf8_lossy(bytes),
                 BackupEvent::ManifestBegins => said += " [m] ",
                 BackupEvent::End { stop, timeline } => said += &format!(" end {stop} {timeline}"),
                 BackupEvent::Complete => said += " complete",
