@@ -42,7 +42,7 @@
 //! | [`receiver`] | a chunk's life: match, prove, cut; what is acknowledged |
 //! | [`archiver`] | a segment's life: compress, store, index; tails |
 //! | [`backup`] | a base backup: verified, cut into volumes, stored |
-//! | [`restore`] | the `restore_command` |
+//! | [`restore`] | what can be restored, restoring it, the `restore_command`, and WAL held ready ahead of it |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
 //! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |

@@ -77,7 +77,7 @@ enum Round {
 
 impl Repair {
     /// Ends when nothing is missing any more of what others hold, and says who they are (by their places in the
-    /// configuration); fails only with what stops the cluster.
+    /// configuration); fails only with what ends the session.
     pub async fn run(self) -> Result<Vec<usize>, ArchiveError> {
         let mut delays = Delays::new();
         let mut has_said_lacking = false;
@@ -97,7 +97,10 @@ impl Repair {
                     tokio::time::sleep(LOOK_AGAIN).await;
                 }
                 Err(Trouble::Target(
-                    error @ (ArchiveError::Conflict { .. } | ArchiveError::Fenced { .. } | ArchiveError::Stopped),
+                    error @ (ArchiveError::Conflict { .. }
+                    | ArchiveError::Fenced { .. }
+                    | ArchiveError::Replaced { .. }
+                    | ArchiveError::Stopped),
                 )) => return Err(error),
                 Err(Trouble::Target(error @ ArchiveError::Catalog(_))) if error.disposition() == Disposition::Stop => {
                     return Err(error);
@@ -111,6 +114,8 @@ impl Repair {
     }
 
     async fn round(&self, sources: &[&Source]) -> Result<Round, Trouble> {
+        // Nobody else looks while the server writes nothing: one that was emptied would be tried for ever.
+        self.writer.confirm_epoch(false).await.map_err(Trouble::Target)?;
         let mut walk = Walk::begin(self, sources).await?;
         for directory in walk.directories(sources).await? {
             walk.pass(directory, sources).await?;

@@ -2,20 +2,24 @@
 //! between.
 //! Does not own: volumes (`store`), the lease and the WAL themselves (`agent`, through [`Surroundings`]).
 
+use std::time::Duration;
+
+use futures_util::future::join_all;
 use jiff::{Timestamp, ToSpan};
+use tokio::time::timeout;
 
 use super::store::Patience;
 use super::{BackupError, Destination, NeededWal, Surroundings};
 use crate::catalog::backup::{BackupFile, BeginFile};
 use crate::repository::layout::{BackupId, BackupType};
 
-/// An id that no destination has; one that cannot be asked drops out later, when it cannot be written either.
-pub async fn free_id(destinations: &[Destination], now: Timestamp, patience: &Patience) -> BackupId {
-    let mut taken = Vec::new();
-    for destination in destinations {
-        let listed = patience.retry(async || Ok(destination.archive.backup_ids().await?)).await;
-        taken.extend(listed.unwrap_or_default());
-    }
+/// For a listing nobody depends on.
+const ASKING_MAX: Duration = Duration::from_secs(30);
+
+/// An id that no destination has; one that cannot be asked drops out next, when it cannot be written either.
+pub async fn free_id(destinations: &[Destination], now: Timestamp) -> BackupId {
+    let asking = destinations.iter().map(|destination| timeout(ASKING_MAX, destination.archive.backup_ids()));
+    let taken: Vec<BackupId> = join_all(asking).await.into_iter().flatten().flatten().flatten().collect();
     let mut id = BackupId::new(now, BackupType::Full);
     while taken.contains(&id) {
         let next = id.started().checked_add(1.second()).expect("the year is not 9999");

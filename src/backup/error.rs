@@ -137,7 +137,7 @@ impl Advice for BackupError {
             BackupError::Options(_) | BackupError::ConfigName { .. } | BackupError::OtherSystem { .. } => {
                 ExitCode::Config
             }
-            BackupError::Source(error) => error.exit_code(),
+            BackupError::Source(error) => source_exit_code(error),
             BackupError::DamagedPages { .. }
             | BackupError::Mismatch(_)
             | BackupError::Tar { .. }
@@ -155,6 +155,36 @@ impl Advice for BackupError {
     }
 }
 
+/// During a backup some states mean something else than to a stream.
 fn source_hint(error: &ReplicationError) -> Option<String> {
-    error.hint()
+    let text = match error.sqlstate() {
+        // Its own words say which; so does its own hint, if it has one.
+        Some("55000") => {
+            return server_hint(error).or_else(|| {
+                let text = "the server has to be a primary, or a standby in recovery, with wal_level replica or higher";
+                Some(text.to_string())
+            });
+        }
+        Some("42601" | "22023") => "can this build of the server compress what it sends? Leave `compression` out",
+        Some(state) if state.starts_with("58") || state.starts_with("XX") => {
+            return server_hint(error).or_else(|| Some("see the server's log: it could not read its own files".into()));
+        }
+        _ => return error.hint(),
+    };
+    Some(text.to_string())
+}
+
+fn server_hint(error: &ReplicationError) -> Option<String> {
+    match error {
+        ReplicationError::Server(error) => error.hint.clone(),
+        _ => None,
+    }
+}
+
+fn source_exit_code(error: &ReplicationError) -> ExitCode {
+    match error.sqlstate() {
+        // A file the server could not open is no gap in the archive.
+        Some(state) if state.starts_with("58") => ExitCode::Unavailable,
+        _ => error.exit_code(),
+    }
 }

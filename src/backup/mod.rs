@@ -50,6 +50,8 @@ use store::Patience;
 
 const SCHEMA: u32 = 1;
 const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// For `begin.json`.
+const BEGIN_PATIENCE_MAX: Duration = Duration::from_secs(30);
 /// In `backup_label`, where none was given.
 const DEFAULT_LABEL: &str = "seawall";
 
@@ -343,7 +345,7 @@ impl<'a> Backup<'a> {
     /// `begin.json` in every repository. Told is when it began.
     async fn begin(&mut self, source: &Source) -> Result<Timestamp, BackupError> {
         let started = self.surroundings.now();
-        let id = commit::free_id(&self.request.destinations, started, &self.patience).await;
+        let id = commit::free_id(&self.request.destinations, started).await;
         self.id = Some(id);
         self.progress.send_modify(|progress| {
             progress.id = Some(id);
@@ -363,9 +365,10 @@ impl<'a> Backup<'a> {
             version: VERSION.to_string(),
         };
         let files: Vec<BeginFile> = self.request.destinations.iter().map(begin_in).collect();
+        // One that is down now does not hold the others up for long.
+        let patience = Patience { limit: self.patience.limit.min(BEGIN_PATIENCE_MAX), ..self.patience.clone() };
         let beginning = self.request.destinations.iter().zip(&files);
-        let begun =
-            join_all(beginning.map(|(destination, file)| commit::begin(destination, file, &self.patience))).await;
+        let begun = join_all(beginning.map(|(destination, file)| commit::begin(destination, file, &patience))).await;
         for (index, begun) in begun.into_iter().enumerate() {
             self.note(index, begun);
         }
@@ -511,3 +514,6 @@ impl<'a> Backup<'a> {
 fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
     result.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -72,6 +72,7 @@ impl From<Gone> for ReceiveError {
     }
 }
 
+/// Runs the whole command.
 pub async fn receive(
     connection: &mut Connection,
     facts: &SourceFacts,
@@ -101,20 +102,18 @@ pub async fn receive(
         warnings: Vec::new(),
         meter: Meter::new(progress.clone()),
     };
-    let mut decoder = BackupDecoder::new(facts.major, options.compression.map(|compression| compression.method));
-    connection.start_base_backup(&command).await.map_err(|error| BackupError::of_source(error, &[]))?;
-    reception.meter.phase(BackupPhase::Checkpoint);
-    while !reception.run_received(connection, &mut decoder).await? {
-        let patience = reception.patience();
-        let filled = tokio::select! {
-            biased;
-            () = stop.cancelled() => return Err(BackupError::Stopped.into()),
-            filled = timeout(patience, connection.fill_base_backup()) => filled,
-        };
-        filled
-            .map_err(|_| BackupError::Silent(patience))?
-            .map_err(|error| BackupError::of_source(error, &reception.warnings))?;
+    let ran = reception.run(connection, &command, stop).await;
+    if let Err(ReceiveError::Failed(BackupError::Source(error))) = &ran
+        && error.sqlstate() == Some("55000")
+        && reception.start.is_some()
+    {
+        // It has several reasons for that state in the middle of a backup; a promotion shows in the timeline.
+        let identity = connection.identify_system().await;
+        if identity.is_ok_and(|identity| identity.timeline != facts.timeline) {
+            return Err(BackupError::Promoted.into());
+        }
     }
+    ran?;
     let (received, framer) = reception.judge()?;
     framer.finish(config).await?;
     Ok(received)
@@ -145,6 +144,30 @@ struct Reception<'a> {
 }
 
 impl Reception<'_> {
+    async fn run(
+        &mut self,
+        connection: &mut Connection,
+        command: &str,
+        stop: &CancellationToken,
+    ) -> Result<(), ReceiveError> {
+        let method = self.options.compression.map(|compression| compression.method);
+        let mut decoder = BackupDecoder::new(self.facts.major, method);
+        connection.start_base_backup(command).await.map_err(|error| BackupError::of_source(error, &[]))?;
+        self.meter.phase(BackupPhase::Checkpoint);
+        while !self.run_received(connection, &mut decoder).await? {
+            let patience = self.patience();
+            let filled = tokio::select! {
+                biased;
+                () = stop.cancelled() => return Err(BackupError::Stopped.into()),
+                filled = timeout(patience, connection.fill_base_backup()) => filled,
+            };
+            filled
+                .map_err(|_| BackupError::Silent(patience))?
+                .map_err(|error| BackupError::of_source(error, &self.warnings))?;
+        }
+        Ok(())
+    }
+
     fn patience(&self) -> Duration {
         match (&self.start, self.options.checkpoint) {
             (Some(_), _) => SILENCE_MAX,

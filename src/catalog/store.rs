@@ -456,11 +456,13 @@ impl Archive {
         Ok(Some(contents))
     }
 
-    /// Names in a directory that hold any object, sealed or tail, readable or not, in order. Listings only.
+    /// Names in a directory that hold any object, sealed or tail, readable or not, in order, of those that are wanted.
+    /// Listings only.
     pub async fn segment_names(
         &self,
         directory: WalDirectory,
         size: SegmentSize,
+        wanted: impl Fn(SegmentName) -> bool,
     ) -> Result<Vec<SegmentName>, CatalogError> {
         let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
         let mut contents = DirectoryContents::new(directory, size);
@@ -471,14 +473,14 @@ impl Archive {
                 Entry::Directory(name) => {
                     for object in tails_of(&contents, name) {
                         let WalObject::Tails(name) = object else { continue };
-                        if !self.tails(name, size).await?.is_empty() {
+                        if wanted(name) && !self.tails(name, size).await?.is_empty() {
                             names.push(name);
                         }
                     }
                 }
             }
         }
-        names.extend(contents.segments.keys().chain(contents.repairs.keys()));
+        names.extend(contents.segments.keys().chain(contents.repairs.keys()).filter(|name| wanted(**name)));
         names.sort();
         names.dedup();
         Ok(names)

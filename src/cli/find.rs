@@ -130,10 +130,7 @@ async fn read_unfinished(
     name: SegmentName,
 ) -> Result<SegmentSummary, Failure> {
     let holders = looks.iter().filter(|look| look.file_of(lineage).is_some());
-    let holder = |look: &Look| Holder {
-        repository: look.config.name.clone(),
-        archive: look.archive(lineage).with_keys(keys.clone()),
-    };
+    let holder = |look: &Look| Holder::new(&look.config.name, look.archive(lineage).with_keys(keys.clone()));
     let scratch = tempfile::tempdir().map_err(|error| local("make a directory for it", &error))?;
     let path = scratch.path().join(name.to_string());
     let wal_get = WalGet::new(holders.map(holder).collect(), PathChoice::Timeline(name.timeline));

@@ -69,10 +69,7 @@ async fn make_plan(
     let holders: Vec<Holder> = looks
         .iter()
         .filter(|look| look.file_of(&lineage).is_some())
-        .map(|look| Holder {
-            repository: look.config.name.clone(),
-            archive: look.archive(&lineage).with_keys(keys.clone()),
-        })
+        .map(|look| Holder::new(&look.config.name, look.archive(&lineage).with_keys(keys.clone())))
         .collect();
     let search =
         ArchiveSearch { holders: holders.clone(), system_id: lineage.system_id, segment_size: found.held.segment_size };

@@ -7,17 +7,19 @@ use serde::Serialize;
 use super::args::{Global, StatusArgs};
 use super::repositories::{self, Copy, Look};
 use super::server::{self, ServerFacts};
-use super::{Verdict, list, output, setup};
+use super::{Verdict, list, output, restorable, setup};
 use crate::archiver::Workers;
 use crate::catalog::shelf::{Outcome, Shelved};
-use crate::catalog::{Catalog, Holdings};
+use crate::catalog::{BackupRecord, Catalog, Holdings};
 use crate::config::{ClusterConfig, HttpConfig};
 use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
 use crate::monitor::backup::{BackupEntry, BackupRunning};
+use crate::monitor::status::{Moment, Window};
 use crate::monitor::{self, client};
 use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
+use crate::restore::reach::{self, Ends, Interval, KnownBackup, Point, Reach};
 use crate::wal::{Lsn, Proof, SystemId};
 
 /// A loss of more than this, while the agent streams, is worth a word: a tail's upload starts after seconds.
@@ -55,7 +57,8 @@ struct ClusterStatus {
     last_backup: Option<BackupEntry>,
     /// Under way: taken by whom, only an agent that takes it can tell more.
     backup_running: Option<BackupRunning>,
-    window: Option<()>,
+    /// What can be restored without a hole up to its end: of the newest line, the newest part.
+    window: Option<Window>,
     /// Open ones.
     gaps: Option<usize>,
     health: Health,
@@ -144,6 +147,13 @@ fn from_agent(
     if answer.clusters.len() != clusters.len() {
         tracing::warn!("the agent at {} serves other clusters; asking repository and server", http.listen);
         return Ok(None);
+    }
+    for (status, cluster) in answer.clusters.iter_mut().filter_map(|status| {
+        let cluster = clusters.iter().find(|cluster| cluster.name == status.name)?;
+        status.window.is_none().then_some((status, cluster))
+    }) {
+        let system_id = status.system_id.as_ref().and_then(|id| id.parse().ok());
+        status.window = setup::block_on(window_in_repositories(cluster, system_id))?;
     }
     let is_fine = answer.clusters.iter().all(|cluster| cluster.health == monitor::status::Health::Ok);
     match global.json {
@@ -258,15 +268,18 @@ async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: 
         status.repositories.push(RepositoryStatus { name: name.clone(), frontier_lsn: None, state });
     }
     let Some(lineage) = lineage.filter(|_| !copies.is_empty()) else { return };
-    add_backups(status, looks, &lineage).await;
+    let backups = add_backups(status, looks, &lineage).await;
     match repositories::union(&lineage, &copies) {
-        Ok(all) => add_union(status, &all, &copies, required),
+        Ok(all) => {
+            add_union(status, &all, &copies, required);
+            add_window(status, &all, &copies, &backups);
+        }
         Err(failure) => status.finding(Health::Failing, failure.message),
     }
 }
 
 /// Without a base backup the WAL alone restores nothing.
-async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Lineage) {
+async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Lineage) -> Vec<KnownBackup> {
     let (shelves, _) = list::shelves(looks, lineage).await;
     let all = list::union(&shelves);
     let name = lineage.directory_name();
@@ -295,6 +308,39 @@ async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Linea
             status.finding(Health::Degraded, text);
         }
     }
+    let records: Vec<(&str, &[BackupRecord])> =
+        shelves.iter().map(|(look, shelf)| (look.config.name.as_str(), shelf.records.as_slice())).collect();
+    reach::known_backups(&records).unwrap_or_else(|disputed| {
+        status.finding(Health::Failing, disputed.to_string());
+        Vec::new()
+    })
+}
+
+/// Which instants could be restored now.
+fn add_window(status: &mut ClusterStatus, all: &Holdings, copies: &[Copy<'_>], backups: &[KnownBackup]) {
+    let newest = Reach::new(all, copies.iter().map(|copy| &copy.catalog).collect(), backups).newest_interval();
+    match &newest {
+        None if backups.is_empty() => {}
+        None => status.finding(Health::Failing, "no backup can be restored: WAL that it needs is missing"),
+        Some(interval) if interval.ends == Ends::Archive => {}
+        Some(interval) => {
+            let text = format!("nothing later than {} can be restored: see `seawall window`", interval.to.lsn);
+            status.finding(Health::Failing, text);
+        }
+    }
+    status.window = newest.as_ref().map(window_of);
+}
+
+fn window_of(interval: &Interval) -> Window {
+    let moment = |point: &Point| Moment { lsn: point.lsn, time: point.time };
+    Window { from: moment(&interval.from), to: moment(&interval.to) }
+}
+
+/// An agent tells what it does; what can be restored, the repositories do.
+async fn window_in_repositories(cluster: &ClusterConfig, system_id: Option<SystemId>) -> Option<Window> {
+    let looks = repositories::look(&cluster.repositories, &cluster.name).await;
+    let found = restorable::read(&looks, &newest(&looks, system_id)?).await.ok()?;
+    found.reach().newest_interval().as_ref().map(window_of)
 }
 
 /// What the repositories that can be read hold together, and each by itself.
@@ -413,12 +459,13 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or(none.to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}, restorable {}, open gaps {gaps}",
             self.name,
             self.health.word(),
             self.in_repositories(),
             safe.unwrap_or_default(),
             self.last_backup.as_ref().map_or("none", |backup| &backup.id),
+            self.window.map_or("nothing".to_string(), |window| window.to_string()),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));
         std::iter::once(line).chain(reasons).collect::<Vec<_>>().join("\n")

@@ -28,7 +28,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 pub fn run(global: &Global, args: &WalGetArgs) -> Result<Verdict, Failure> {
     if let Some(id) = args.restore_end {
-        helper::end_restore(global, args, id);
+        helper::end_restore(global, id);
         return Ok(Verdict::Fine);
     }
     let marker = match args.restore {
@@ -100,9 +100,9 @@ fn of_restore(config: &ArchiveConfig, marker: &RestoreMarker) -> Result<WalGet, 
 
 fn holders(config: &ArchiveConfig, lineage: &Lineage) -> Result<Vec<Holder>, Failure> {
     let keys = keys::reading(config.identity_file.as_deref())?;
-    let holder = |repository: &RepositoryConfig| Holder {
-        repository: repository.name.clone(),
-        archive: Archive::new(setup::backend(repository), lineage.clone()).with_keys(keys.clone()),
+    let holder = |repository: &RepositoryConfig| {
+        let archive = Archive::new(setup::backend(repository), lineage.clone()).with_keys(keys.clone());
+        Holder::new(&repository.name, archive)
     };
     Ok(repositories::nearest_first(&config.repositories).iter().map(holder).collect())
 }

@@ -41,7 +41,8 @@ pub struct ClusterStatus {
     pub last_backup: Option<BackupEntry>,
     /// Taken by the agent at this moment.
     pub backup_running: Option<BackupRunning>,
-    pub window: Option<()>,
+    /// What can be restored without a hole up to its end: of the newest line, the newest part.
+    pub window: Option<Window>,
     /// Open ones.
     pub gaps: Option<usize>,
     pub health: Health,
@@ -49,6 +50,30 @@ pub struct ClusterStatus {
     /// The last durable one.
     #[serde(skip)]
     pub last_commit: Option<Timestamp>,
+}
+
+/// Every instant from the one to the other can be restored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Window {
+    pub from: Moment,
+    pub to: Moment,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moment {
+    pub lsn: Lsn,
+    /// Of the last commit before it, where it is known.
+    pub time: Option<Timestamp>,
+}
+
+impl std::fmt::Display for Window {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let shown = |moment: &Moment| match moment.time {
+            Some(time) => time.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+            None => moment.lsn.to_string(),
+        };
+        write!(f, "{} to {}", shown(&self.from), shown(&self.to))
+    }
 }
 
 /// What an agent does for a cluster.
@@ -157,11 +182,12 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or("nothing".to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}{}, open gaps {gaps}",
             self.name,
             self.health.word(),
             safe.unwrap_or_default(),
             self.last_backup.as_ref().map_or("none", |backup| &backup.id),
+            self.window.map_or(String::new(), |window| format!(", restorable {window}")),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));
         std::iter::once(line).chain(reasons).collect::<Vec<_>>().join("\n")

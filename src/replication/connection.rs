@@ -77,7 +77,8 @@ enum State {
     BaseBackup,
     /// The server ended the copy; it waits for our CopyDone.
     ServerDone,
-    /// The server ended the stream with an error: ReadyForQuery is still to come, and no CopyDone may be sent.
+    /// The server ended the stream, or the base backup, with an error: ReadyForQuery is still to come, and no CopyDone may
+    /// be sent.
     StreamFailed,
     Broken,
 }

@@ -1,4 +1,4 @@
-//! WAL held ready ahead of replay, so that most requests of a recovery are one rename.
+//! WAL held ready ahead of replay, so that most requests of a recovery are one rename (proto-notes/06-timelines.md, "WAL held ready").
 //!
 //! Owns: the way of a `wal-get --restore ID` that need not look into the archive itself, and the helper that makes it so.
 //! Does not own: what the archive holds (`wal_get.rs`), what the restore has planned (`marker.rs`).

@@ -216,6 +216,11 @@ impl<'a> Reach<'a> {
             .collect()
     }
 
+    /// Of the newest line what reaches furthest.
+    pub fn newest_interval(&self) -> Option<Interval> {
+        self.intervals(&self.line(self.newest())?).pop()
+    }
+
     /// What can be restored of one line, in order.
     pub fn intervals(&self, line: &Line) -> Vec<Interval> {
         let of = |stretch: &Stretch| {

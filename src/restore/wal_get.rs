@@ -379,10 +379,10 @@ async fn data(
             if !path.contains(directory.timeline) || !side.concerns(directory, wanted.name) {
                 continue;
             }
-            for name in archive.segment_names(directory, wanted.size).await? {
-                if side.holds(name, wanted.name) && counts(path, name, wanted.size, &expired) {
-                    return Ok(Some(name));
-                }
+            let concerns = |name| side.holds(name, wanted.name) && counts(path, name, wanted.size, &expired);
+            let names = archive.segment_names(directory, wanted.size, concerns).await?;
+            if let Some(name) = names.first() {
+                return Ok(Some(*name));
             }
         }
     }

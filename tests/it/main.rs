@@ -1,6 +1,7 @@
 //! The integration tests: one binary, so that they link once and share one support module.
 
 mod backup_agent;
+mod backups;
 mod cli;
 mod crash;
 mod demo;
@@ -12,6 +13,7 @@ mod forks;
 mod hostile;
 mod many;
 mod monitoring;
+mod prefetch;
 mod readers;
 mod readme;
 mod s3_conformance;

@@ -17,7 +17,7 @@ use crate::support::rig::wait_for;
 use crate::support::s3::{self, ACCESS_KEY, BUCKET, Fault, Operation, Rule, S3Server, SECRET_KEY, s3_answer};
 
 /// Whether this is the child that does the test; otherwise starts it, with these variables more, and waits.
-fn in_child(more: &[(&str, &str)]) -> bool {
+pub fn in_child(more: &[(&str, &str)]) -> bool {
     const MARK: &str = "SEAWALL_TEST_CHILD";
     if std::env::var_os(MARK).is_some() {
         return true;
@@ -33,7 +33,7 @@ fn in_child(more: &[(&str, &str)]) -> bool {
     false
 }
 
-fn options(store: &S3Server) -> S3Options {
+pub fn options(store: &S3Server) -> S3Options {
     S3Options { bucket: BUCKET.into(), prefix: "p/q".into(), endpoint: Some(store.endpoint()), ..S3Options::default() }
 }
 

@@ -55,7 +55,7 @@ fn seeds() {
 
 #[test]
 fn seeds_of_several_repositories() {
-    let total = run_seeds("simulation::seeds_of_several", 200, |seed| simulate(seed, 2 + (seed % 2) as usize));
+    let total = run_seeds("simulation::seeds_of_several", 320, |seed| simulate(seed, 2 + (seed % 2) as usize));
     let Some((count, total)) = total else { return };
     assert!(total.crashes > count / 2 && total.promotions > count / 10 && total.segments > count, "{total:?}");
     assert!(total.wipes > count / 20 && total.left > count / 20 && total.healed > count / 20, "{total:?}");

@@ -7,7 +7,8 @@ use jiff::Timestamp;
 use seawall::catalog::backup::{BackupFile, ManifestEntry};
 use seawall::catalog::index::Crc32;
 use seawall::repository::layout::{BackupId, BackupType};
-use seawall::wal::{Lsn, TimelineId};
+use seawall::restore::marker::{RestoreId, RestoreMarker};
+use seawall::wal::{History, Lsn, TimelineId};
 use serde_json::Value;
 
 use crate::support::archived::{self, Archived, create_journal, note, notes};
@@ -218,9 +219,9 @@ fn a_time_at_which_the_server_was_idle_is_the_end_of_the_wal_while_the_server_sa
         let log = alone.setting("recovery_target_time", &later).start_recovered().expect_err("it cannot get there");
         assert!(log.contains("recovery ended before configured recovery target was reached"), "{log}");
 
-        // A rollback is an end of a transaction as well.
+        // A rollback is an end of a transaction as well: in the unfinished segment, which is read, it is found.
         server.sql("begin; insert into journal (note) values ('never'); rollback");
-        server.switch_wal();
+        server.sql("checkpoint");
         scene.archive.wait_acknowledged(&server);
         assert_eq!(scene.plan(&["--to", &later])["stop"]["setting"], "recovery_target_time");
         assert_eq!(scene.recovered(&["--to", &later]), first(2));
@@ -246,4 +247,132 @@ fn nothing_can_be_restored_without_a_backup() {
     assert_eq!(window.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&window.stdout).contains("it has no complete backup"));
     assert!(scene.refused(&[], 1).contains("no complete backup"));
+}
+
+/// The old primary goes on after the standby was promoted, and the archive keeps both lines.
+#[test]
+fn each_line_is_planned_by_itself() {
+    let Some(major) = postgres::newest_major() else { return };
+    let mut primary = Server::builder(major).wal_segment_mib(1).setting("wal_keep_size", "256MB").start();
+    let mut standby = Server::standby_of(&primary).start();
+    let hosts = format!("{},{}", primary.socket_dir().display(), standby.socket_dir().display());
+    let ports = format!("{},{}", primary.port(), standby.port());
+    let archive = Archived::by_conninfo(&format!(
+        "host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
+    ));
+    let _agent = archive.streaming_agent();
+    create_journal(&primary);
+    note(&primary, "1");
+    let mut scene = Scene { archive, taken: Vec::new(), major };
+    scene.taken.push(take(&primary, &scene.archive, 1));
+    note(&primary, "2");
+    standby.wait_replayed(primary.flush_lsn());
+    standby.promote();
+    note(&primary, "abandoned");
+    primary.switch_wal();
+    scene.taken.push(take(&primary, &scene.archive, 2));
+    note(&primary, "abandoned too");
+    let abandoned = primary.flush_lsn();
+    scene.archive.wait_acknowledged(&primary);
+    primary.kill9();
+    note(&standby, "3");
+    // Another server, another counter: this transaction may have the number of an abandoned one.
+    let xid = standby.value("select max(xmin::text::bigint) from journal");
+    standby.switch_wal();
+    scene.archive.wait_acknowledged(&standby);
+    scene.taken.push(take(&standby, &scene.archive, 3));
+    note(&standby, "4");
+    scene.archive.wait_acknowledged(&standby);
+
+    let on_line = ["1", "2", "3", "4"];
+    let old_line = ["1", "2", "abandoned", "abandoned too"];
+    let backup = |arguments: &[&str]| scene.plan(arguments)["backup"]["id"].as_str().unwrap().to_string();
+    assert_eq!(scene.recovered(&[]), on_line);
+    assert_eq!(scene.recovered(&["--timeline", "1"]), old_line);
+    assert_eq!(backup(&["--timeline", "1"]), scene.taken[1].id.to_string());
+    // The backup on the abandoned part of timeline 1 is no start for line 2.
+    assert_eq!(scene.recovered(&["--to", &format!("xid:{xid}")]), on_line[..3]);
+    assert_eq!(backup(&["--to", &format!("xid:{xid}")]), scene.taken[0].id.to_string());
+    assert_eq!(scene.recovered(&["--timeline", "current"]), on_line);
+    let only = scene.taken[1].id.to_string();
+    assert_eq!(scene.recovered(&["--timeline", "current", "--backup", &only]), old_line);
+    assert!(scene.refused(&["--backup", &only], 1).contains("cannot be replayed along timeline 2"));
+    assert_eq!(scene.recovered(&["--timeline", "1", "--to", &format!("lsn:{abandoned}")]), old_line);
+
+    let window: Value = serde_json::from_slice(&scene.seawall(&["window", "--json"]).stdout).unwrap();
+    let timelines = window["lineages"][0]["timelines"].as_array().unwrap();
+    let ends: Vec<&str> = timelines.iter().map(|line| line["intervals"][0]["ends_because"].as_str().unwrap()).collect();
+    assert_eq!(ends, ["end_of_timeline", "end_of_archive"], "{window}");
+    assert_eq!(timelines[0]["intervals"][0]["to"]["lsn"], abandoned.to_string(), "{window}");
+}
+
+/// WAL is missing: what lies before the gap is reached to its last byte, what lies in it is refused, and what follows
+/// needs a backup of its own.
+#[test]
+fn a_restore_goes_up_to_a_gap_and_not_into_it() {
+    let Some(major) = postgres::newest_major() else { return };
+    let server = Server::builder(major).wal_segment_mib(1).setting("track_commit_timestamp", "on").start();
+    let archive = Archived::of(&server);
+    let _agent = archive.streaming_agent();
+    create_journal(&server);
+    note(&server, "1");
+    let mut scene = Scene { archive, taken: Vec::new(), major };
+    scene.taken.push(take(&server, &scene.archive, 1));
+    note(&server, "2");
+    server.switch_wal();
+    let lost = server.current_segment();
+    note(&server, "lost");
+    server.switch_wal();
+    note(&server, "3");
+    server.switch_wal();
+    note(&server, "4");
+    scene.archive.wait_acknowledged(&server);
+    let lost_time = commits(&server)[2].time.to_string();
+
+    let catalog = scene.archive.catalog();
+    let name = lost.parse().expect("a segment's name");
+    fs::remove_file(scene.archive.path_of(&catalog.lineage.segment(name, Default::default()))).expect("it is sealed");
+    let open = |said: &str| said.contains("gap 1-") && said.contains("--to lsn:");
+    let said = scene.refused(&[], 1);
+    assert!(open(&said), "{said}");
+    let said = scene.refused(&["--to", &lost_time], 1);
+    assert!(open(&said), "{said}");
+    let edge = said.split("--to lsn:").nth(1).and_then(|rest| rest.split_whitespace().next()).unwrap().to_string();
+    let status: Value = serde_json::from_slice(&scene.seawall(&["status", "--json"]).stdout).unwrap();
+    assert_eq!(status["clusters"][0]["window"]["to"]["lsn"], edge, "{status}");
+    assert_eq!(status["clusters"][0]["health"], "failing");
+
+    // As `restore` leaves it: the recovery ends where its plan does, and not with an error about the gap behind it.
+    let plan = scene.plan(&["--to", &format!("lsn:{edge}")]);
+    assert_eq!((plan["stop"]["setting"].clone(), &plan["end"]["lsn"]), (Value::Null, &Value::from(edge)));
+    let marker = RestoreMarker {
+        schema: RestoreMarker::SCHEMA,
+        id: RestoreId(7),
+        cluster: "main".into(),
+        lineage: catalog.lineage.directory_name(),
+        system_id: catalog.lineage.system_id,
+        segment_size: catalog.segment_size(),
+        path: RestoreMarker::path_of(&History::root(TimelineId(1))),
+        follow: false,
+        start_lsn: plan["start_lsn"].as_str().unwrap().parse().unwrap(),
+        end_lsn: Some(plan["end"]["lsn"].as_str().unwrap().parse().unwrap()),
+        standby: false,
+        backup: scene.taken[0].id,
+        target: "the gap's edge".into(),
+        created: Timestamp::UNIX_EPOCH,
+        pinned: false,
+    };
+    marker.write(&scene.taken[0].copy.path()).expect("it can be written");
+    let command = scene.archive.restore_command(&["--restore", "0000000000000007"]);
+    let restored = scene.taken[0].copy.recover(&command).start_recovered();
+    assert_eq!(notes(&restored.unwrap_or_else(|log| panic!("{log}"))), ["1", "2"]);
+
+    // A backup behind the gap begins a new part.
+    scene.taken.push(take(&server, &scene.archive, 2));
+    note(&server, "5");
+    scene.archive.wait_acknowledged(&server);
+    assert_eq!(scene.recovered(&[]).len(), 6);
+    let said = scene.refused(&["--to", &lost_time], 1);
+    let behind = format!("--to lsn:{}", scene.taken[1].stop_lsn);
+    assert!(open(&said) && said.contains(&behind), "{said}");
 }

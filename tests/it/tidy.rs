@@ -19,6 +19,7 @@ const PURE: &[&str] = &[
     "src/receiver/resume.rs",
     "src/continuity.rs",
     "src/repository/layout.rs",
+    "src/repository/prepared.rs",
     "src/repository/s3/options.rs",
     "src/repository/s3/answer.rs",
     "src/replication/message.rs",
@@ -40,6 +41,10 @@ const PURE: &[&str] = &[
     "src/catalog/shelf.rs",
     "src/replication/base_backup.rs",
     "src/monitor/backup.rs",
+    "src/restore/prefetch/window.rs",
+    "src/restore/target.rs",
+    "src/restore/plan.rs",
+    "src/restore/reach.rs",
     "src/monitor/health.rs",
     "src/monitor/status.rs",
     "src/error.rs",
@@ -75,6 +80,7 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("metrics_exporter_prometheus", &["src/monitor/"]),
     ("x509_parser", &["src/replication/"]),
     ("rustls_native_certs", &["src/replication/"]),
+    ("close_fds", &["src/cli/wal_get/helper.rs"]),
 ];
 
 /// The folders and files directly below src/, lowest first: a module imports from its own level or below.

@@ -21,6 +21,7 @@ use crate::repository::durable::Directory;
 use crate::repository::layout;
 use crate::restore::marker::{self, RestoreId, RestoreMarker};
 use crate::restore::prefetch::{self, Options, Place, pin};
+use crate::restore::wal_get::{Holder, WalGet};
 use crate::wal::SegmentName;
 
 const RESTORE: &str = "--restore";
@@ -100,6 +101,8 @@ pub fn run(config: &ArchiveConfig, args: &WalGetArgs, marker: Option<RestoreMark
     let _ = rustix::process::setsid();
     let place = Place::of(marker.id);
     let wal_get = super::of_restore(config, &marker)?;
+    let holders = wal_get.holders.into_iter().map(Holder::remembering).collect();
+    let wal_get = WalGet { holders, ..wal_get };
     let options = Options { marker, wal_get, limit_bytes: args.ahead, from: args.from };
     let ended =
         setup::block_on_threads(setup::threads_for_roots(1), prefetch::run(options, place))?.map_err(|error| {
@@ -113,7 +116,7 @@ pub fn run(config: &ArchiveConfig, args: &WalGetArgs, marker: Option<RestoreMark
 // --- The end of a restore ------------------------------------------------------------------------------------------
 
 /// Removes what a restore has left. The server is up by now: nothing here is worth stopping it.
-pub fn end_restore(global: &Global, args: &WalGetArgs, id: RestoreId) {
+pub fn end_restore(global: &Global, id: RestoreId) {
     let marker = match RestoreMarker::read(Path::new(".")) {
         Ok(marker) => marker.filter(|marker| marker.id == id),
         Err(error) => {
@@ -132,7 +135,7 @@ pub fn end_restore(global: &Global, args: &WalGetArgs, id: RestoreId) {
         tracing::warn!("could not remove {}: {error}", place.path().display());
     }
     let Some(marker) = marker.filter(|marker| marker.pinned) else { return };
-    if let Err(failure) = release_pin(global, args, &marker) {
+    if let Err(failure) = release_pin(global, &marker) {
         tracing::warn!(
             hint = failure.hint,
             "could not lift the pin of restore {id}, which lapses by itself: {failure}"
@@ -140,7 +143,7 @@ pub fn end_restore(global: &Global, args: &WalGetArgs, id: RestoreId) {
     }
 }
 
-fn release_pin(global: &Global, _args: &WalGetArgs, marker: &RestoreMarker) -> Result<(), Failure> {
+fn release_pin(global: &Global, marker: &RestoreMarker) -> Result<(), Failure> {
     let config = super::config(global, Some(marker))?;
     let wal_get = super::of_restore(&config, marker)?;
     setup::block_on(pin::release(&wal_get.holders, marker.id))

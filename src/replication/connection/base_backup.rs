@@ -21,7 +21,7 @@ pub enum BackupWord<'a> {
 }
 
 impl Connection {
-    /// Sends the command. Afterwards the connection is good for this backup only.
+    /// Sends the command. The connection takes others again when the backup is complete, or the server has refused it.
     pub async fn start_base_backup(&mut self, command: &str) -> Result<(), ReplicationError> {
         if self.state != State::Ready {
             return Err(ReplicationError::Misuse { phase: PHASE, state: self.state.name() });
@@ -60,8 +60,9 @@ impl Connection {
             b'A' => aside(),
             b'N' => Ok(Some(BackupWord::Notice(ServerError::decode(body, PHASE).into()))),
             b'E' => {
-                self.state = State::Broken;
-                Err(ReplicationError::Server(ServerError::decode(body, PHASE).into()))
+                let error = ServerError::decode(body, PHASE);
+                self.state = if error.is_fatal() { State::Broken } else { State::StreamFailed };
+                Err(ReplicationError::Server(error.into()))
             }
             tag => match decoder.handle(tag, body) {
                 Ok(BackupEvent::Complete) => {

@@ -9,7 +9,7 @@ use aws_smithy_types::base64;
 use bytes::Bytes;
 
 use super::answer::{Action, Refusal, Reply};
-use super::client::{Shared, deadlines};
+use super::client::{Shared, allowance, deadlines};
 use super::read::not_s3;
 use super::{Checksum, S3Options, ServerSideEncryption, body};
 use crate::repository::{Facts, Key, StoreError, StoreErrorKind};
@@ -121,7 +121,11 @@ impl Shared {
             if !signed {
                 put = put.disable_payload_signing();
             }
-            put.config_override(aws_sdk_s3::Config::builder().timeout_config(deadlines(object.bytes))).send()
+            // The client's own deadlines do for what is small: a commit may wait for it, and an override costs it time.
+            if !allowance(object.bytes).is_zero() {
+                put = put.config_override(aws_sdk_s3::Config::builder().timeout_config(deadlines(object.bytes)));
+            }
+            put.send()
         };
         let output = self.send(Action::Put, put).await?;
         // "200" says every proxy and every captive portal: an S3 store says what it has stored.

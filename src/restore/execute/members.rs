@@ -113,8 +113,9 @@ pub fn is_plain(path: &[u8]) -> bool {
     fault_of(path).is_none()
 }
 
-/// The path of a member, without a directory's slash.
+/// The path of a member, without a directory's slash. The server writes `./` before the directories below pg_wal.
 fn plain(name: &[u8], kind: Kind) -> Result<&[u8], Refused> {
+    let name = name.strip_prefix(b"./pg_wal/").map_or(name, |_| &name[2..]);
     let path = match kind {
         Kind::Directory | Kind::Link => name.strip_suffix(b"/").unwrap_or(name),
         Kind::File | Kind::Other => name,

@@ -35,7 +35,7 @@ pub async fn put(id: RestoreId, plan: &RestorePlan, holders: &[Holder], host: Op
         host: host.map(str::to_string),
     };
     let mut any = false;
-    for Holder { repository, archive } in holders {
+    for Holder { repository, archive, .. } in holders {
         match tokio::time::timeout(DEADLINE, archive.put_pin(name, &file)).await {
             Ok(Ok(true)) => any = true,
             Ok(Ok(false)) => tracing::warn!(repository, "pin {name} is somebody else's"),

@@ -318,10 +318,7 @@ impl Case {
         let holder = |(index, store): (usize, &MemoryStore)| {
             let keys = Keys { recipients: None, identities: self.identities.clone() };
             let backend: Arc<dyn Backend> = Arc::new(store.clone());
-            Holder {
-                repository: format!("store{index}"),
-                archive: Archive::new(backend, self.lineage()).with_keys(keys),
-            }
+            Holder::new(&format!("store{index}"), Archive::new(backend, self.lineage()).with_keys(keys))
         };
         self.stores.iter().enumerate().map(holder).collect()
     }

@@ -99,72 +99,17 @@ pub async fn run(options: Options, place: Place) -> io::Result<Ended> {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Ended::AnotherIsThere),
         lock => lock?,
     };
-    let ended = hold_ready(options, &place).await;
+    let mut helper = Helper::new(options, place.clone());
+    let mut serving = JoinSet::new();
+    let ended = helper.hold_ready(&mut serving).await;
+    // Whoever has told it to end waits until nothing is left: its connection closes last.
+    helper.work.shutdown().await;
     if let Err(error) = place.remove_all() {
         tracing::warn!("could not remove {}: {error}", place.path().display());
     }
     drop::<File>(lock);
+    serving.shutdown().await;
     ended
-}
-
-async fn hold_ready(options: Options, place: &Place) -> io::Result<Ended> {
-    place.remove_leftovers()?;
-    for other in place.others()? {
-        if let Err(error) = other.remove_all() {
-            tracing::warn!("could not remove {} of an earlier restore: {error}", other.path().display());
-        }
-    }
-    place::remove(&place.socket())?;
-    let listener = UnixListener::bind(place.socket())?;
-    let mut taken = Taken::watch(place.path());
-    let mut life = Life::begin(options.marker.id, place.log());
-    let (asks, mut asked) = mpsc::channel::<Ask>(REQUESTS_MAX);
-    let mut helper = Helper::new(options, place.clone());
-    helper.look()?;
-    let mut tick = tokio::time::interval(TICK);
-    let mut serving = JoinSet::new();
-    let mut pin_due = Instant::now() + pin::FIRST_RENEWAL;
-    loop {
-        helper.top_up();
-        tokio::select! {
-            ask = asked.recv() => {
-                life.is_needed();
-                match ask.expect("this end has a sender too") {
-                    Ask::End => return Ok(Ended::RestoreEnded),
-                    ask => helper.hear(ask)?,
-                }
-            }
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => helper.serve(&mut serving, stream, asks.clone()),
-                // Out of files: others are being answered.
-                Err(error) => {
-                    tracing::warn!("could not take a request: {error}");
-                    tokio::time::sleep(TICK).await;
-                }
-            },
-            () = taken.next() => {
-                if helper.look()? {
-                    life.is_needed();
-                }
-            }
-            Some(done) = helper.work.join_next() => match done.expect("work neither panics nor is aborted") {
-                Done::Pinned { goes_on: false } => pin_due += pin::NEVER,
-                done => helper.take(done)?,
-            },
-            Some(_) = serving.join_next() => {}
-            _ = tick.tick() => {
-                if let Some(ended) = life.ended() {
-                    return Ok(ended);
-                }
-                helper.forget_failures();
-                place.remove_stale_answers()?;
-                if helper.marker.pinned && Instant::now() >= pin_due {
-                    pin_due = Instant::now() + pin::RENEWAL;
-                    helper.renew_pin();
-                }
-            }
-        }
-    }
 }
 
 impl Helper {
@@ -189,6 +134,64 @@ impl Helper {
             progress: 0,
             work: JoinSet::new(),
             changed: watch::Sender::new(()),
+        }
+    }
+
+    async fn hold_ready(&mut self, serving: &mut JoinSet<()>) -> io::Result<Ended> {
+        self.place.remove_leftovers()?;
+        for other in self.place.others()? {
+            if let Err(error) = other.remove_all() {
+                tracing::warn!("could not remove {} of an earlier restore: {error}", other.path().display());
+            }
+        }
+        place::remove(&self.place.socket())?;
+        let listener = UnixListener::bind(self.place.socket())?;
+        let mut taken = Taken::watch(self.place.path());
+        let mut life = Life::begin(self.marker.id, self.place.log());
+        let (asks, mut asked) = mpsc::channel::<Ask>(REQUESTS_MAX);
+        let mut tick = tokio::time::interval(TICK);
+        let mut pin_due = Instant::now() + pin::FIRST_RENEWAL;
+        self.look()?;
+        loop {
+            self.top_up();
+            tokio::select! {
+                ask = asked.recv() => {
+                    life.is_needed();
+                    match ask.expect("this end has a sender too") {
+                        Ask::End => return Ok(Ended::RestoreEnded),
+                        ask => self.hear(ask)?,
+                    }
+                }
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => self.serve(serving, stream, asks.clone()),
+                    // Out of files: others are being answered.
+                    Err(error) => {
+                        tracing::warn!("could not take a request: {error}");
+                        tokio::time::sleep(TICK).await;
+                    }
+                },
+                () = taken.next() => {
+                    if self.look()? {
+                        life.is_needed();
+                    }
+                }
+                Some(done) = self.work.join_next() => match done.expect("work neither panics nor is aborted") {
+                    Done::Pinned { goes_on: false } => pin_due += pin::NEVER,
+                    done => self.take(done)?,
+                },
+                Some(_) = serving.join_next() => {}
+                _ = tick.tick() => {
+                    if let Some(ended) = life.ended() {
+                        return Ok(ended);
+                    }
+                    self.forget_failures();
+                    self.place.remove_stale_answers()?;
+                    if self.marker.pinned && Instant::now() >= pin_due {
+                        pin_due = Instant::now() + pin::RENEWAL;
+                        self.renew_pin();
+                    }
+                }
+            }
         }
     }
 

@@ -85,7 +85,7 @@ mod tests {
             host: None,
         };
         let id = RestoreId(7);
-        let holders = [Holder { repository: "local".into(), archive: archive.clone() }];
+        let holders = [Holder::new("local", archive.clone())];
         renew(&holders, id).await;
         assert!(archive.pins().await.unwrap().is_empty(), "there was none to renew");
         archive.put_pin(PinName { id: id.0, number: 1 }, &pin).await.unwrap();

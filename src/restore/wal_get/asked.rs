@@ -3,6 +3,7 @@
 //!
 //! A repository that says nothing may hold anything: what others have is delivered, but nothing is absent.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -19,10 +20,60 @@ use crate::wal::TimelineId;
 pub struct Holder {
     pub repository: String,
     pub archive: Archive,
+    memory: Option<Arc<Mutex<Option<Known>>>>,
+}
+
+/// What was seen in a repository. While a listing shows all of it, the repository is the one it was.
+#[derive(Debug)]
+struct Known {
+    file: LineageFile,
+    histories: Vec<TimelineId>,
+    directories: Vec<WalDirectory>,
+}
+
+impl Known {
+    fn is_seen_in(&self, histories: &[TimelineId], directories: &[WalDirectory]) -> bool {
+        !self.directories.is_empty()
+            && self.histories.iter().all(|known| histories.contains(known))
+            && self.directories.iter().all(|known| directories.contains(known))
+    }
 }
 
 impl Holder {
+    pub fn new(repository: &str, archive: Archive) -> Holder {
+        Holder { repository: repository.to_string(), archive, memory: None }
+    }
+
+    /// One that is asked again and again, and reads once what never changes.
+    pub fn remembering(self) -> Holder {
+        Holder { memory: Some(Arc::default()), ..self }
+    }
+
     async fn look(&self) -> Result<View<'_>, WalGetError> {
+        let Some(memory) = &self.memory else { return self.look_anew().await };
+        let known = memory.lock().expect("no holder panics").take();
+        if let Some(known) = known {
+            let (histories, directories) = self.archive.wal_listing().await?;
+            if known.is_seen_in(&histories, &directories) {
+                let view = View { holder: self, file: known.file, histories, directories };
+                self.remember(&view);
+                return Ok(view);
+            }
+        }
+        let view = self.look_anew().await?;
+        self.remember(&view);
+        Ok(view)
+    }
+
+    fn remember(&self, view: &View<'_>) {
+        let View { file, histories, directories, .. } = view;
+        let known = Known { file: file.clone(), histories: histories.clone(), directories: directories.clone() };
+        if let Some(memory) = &self.memory {
+            *memory.lock().expect("no holder panics") = Some(known);
+        }
+    }
+
+    async fn look_anew(&self) -> Result<View<'_>, WalGetError> {
         // Read first, whatever is asked: behind a mistyped prefix everything would be absent.
         let backend = self.archive.backend.as_ref();
         if store::read_repository(backend).await?.is_none() {

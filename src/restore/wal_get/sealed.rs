@@ -78,7 +78,8 @@ fn copies(
 }
 
 /// Has the sealed segment written and flushed beside others in `directory`, under the name that `name_of` gives it for
-/// the CRC-32 of its raw bytes; false where no object with a known CRC-32 is there intact.
+/// the CRC-32 of its raw bytes; false where no object with a known CRC-32 is there intact. Needs a runtime of several
+/// threads.
 pub async fn hold_ready(
     holder: &Holder,
     wanted: &Wanted,
@@ -90,9 +91,8 @@ pub async fn hold_ready(
         let Some(raw_crc32) = copy.raw_crc32 else { continue };
         match read_whole(holder, wanted, &copy, &name_of(raw_crc32)).await {
             Ok(target) => {
-                let size = wanted.size;
-                let finished = tokio::task::spawn_blocking(move || target.finish_flushed(size)).await;
-                finished.expect("it does not panic")?;
+                // Here, not on a thread of its own: once this is dropped nothing appears any more.
+                tokio::task::block_in_place(|| target.finish_flushed(wanted.size))?;
                 return Ok(true);
             }
             Err(error @ WalGetError::Damaged { .. }) => tracing::debug!(%error, "not held ready"),

@@ -160,7 +160,7 @@ impl World {
 }
 
 fn holder(repository: &str, backend: Arc<dyn Backend>) -> Holder {
-    Holder { repository: repository.to_string(), archive: Archive::new(backend, lineage()) }
+    Holder::new(repository, Archive::new(backend, lineage()))
 }
 
 fn wal_get_from(backend: Arc<dyn Backend>) -> WalGet {
@@ -870,4 +870,20 @@ async fn damaged_encrypted_objects_are_found() {
     // Authentic, and not what the index tells.
     world.put(&key, &encrypt(&encode(&raw(1, 4, 9)), &identities()));
     assert!(ask(&wal_get, name(1, 4)).await.is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_standby_follows_a_promotion_that_continues_its_line() {
+    let world = World::new();
+    (3..6).for_each(|number| world.seal(1, number));
+    world.seal(3, 5);
+    let line = History::root(TimelineId(1));
+    let along = |path| WalGet { path, ..world.wal_get() };
+    let (fixed, following) = (along(PathChoice::Fixed(line.clone())), along(PathChoice::Following(line)));
+    world.fork(2, "1\t0/100\tof another line\n");
+    world.fork(3, "1\t0/500000\tx\n");
+    assert!(ask(&fixed, name(1, 5)).await == Ok(Some(raw(1, 5, 0))));
+    assert_eq!(ask(&following, name(1, 5)).await, Ok(None), "beyond the fork");
+    assert!(ask(&following, name(3, 5)).await == Ok(Some(raw(3, 5, 0))));
+    assert_eq!(ask(&fixed, name(3, 5)).await, Ok(None), "not on its line");
 }

@@ -9,6 +9,7 @@ pub mod http;
 pub mod model;
 pub mod postgres;
 pub mod process;
+pub mod restored;
 pub mod rig;
 pub mod s3;
 mod s3_http;

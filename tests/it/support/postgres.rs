@@ -207,8 +207,7 @@ impl Builder {
     pub fn start_recovered(self) -> Result<Server, String> {
         let mut server = self.make();
         server.launch()?;
-        server.wait_for_status(&["ready"], RECOVERY_DEADLINE)?;
-        server.wait_recovered()?;
+        server.await_recovered()?;
         Ok(server)
     }
 
@@ -441,6 +440,12 @@ impl Server {
                 outcome => return outcome,
             }
         }
+    }
+
+    /// Waits for the end of a recovery that was launched.
+    pub fn await_recovered(&mut self) -> Result<(), String> {
+        self.wait_for_status(&["ready"], RECOVERY_DEADLINE)?;
+        self.wait_recovered()
     }
 
     /// A hot standby is "ready" too, so the state in postmaster.pid does not tell the end of a recovery.

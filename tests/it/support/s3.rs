@@ -451,6 +451,7 @@ async fn send<S: AsyncRead + AsyncWrite + Unpin>(
             let _ = wire.write(bytes).await;
             return false;
         }
+        Some(Fault::Delay(delay)) => tokio::time::sleep(*delay).await,
         _ => {}
     }
     let mut said = said.expect("every other fault says something");

@@ -12,9 +12,10 @@ use seawall::agent::startup::frontier_of;
 use seawall::catalog::store::{self, Archive};
 use seawall::continuity::{self, GapState};
 use seawall::repository::Key;
+use seawall::repository::layout::Lineage;
 use seawall::restore::wal_get::{Holder, Outcome, PathChoice, WalGet};
 use seawall::testkit::store::MemoryStore;
-use seawall::wal::{Lsn, TimelineId};
+use seawall::wal::{Lsn, SegmentSize, TimelineId};
 
 use super::agent::{self, Agent};
 use super::postgres::Server;
@@ -168,6 +169,20 @@ impl S3Rig<'_> {
         Some(Archive::new(Arc::new(copy.clone()), lineages.into_iter().next_back()?.0))
     }
 
+    /// The one lineage in the store, and its segment size.
+    pub fn lineage(&self, store: &S3Server) -> (Lineage, SegmentSize) {
+        let archive = Self::archive(&self.snapshot(store)).expect("there is a lineage");
+        let size = wait_for(archive.lineage_file()).expect("a lineage has its file").segment_size;
+        (archive.lineage, size)
+    }
+
+    /// The sealed segments in the store, in order.
+    pub fn sealed(&self, store: &S3Server) -> Vec<String> {
+        let archive = Self::archive(&self.snapshot(store)).expect("there is a lineage");
+        let catalog = wait_for(archive.load_catalog()).expect("the catalog can be read");
+        catalog.timelines.values().flatten().flat_map(|dir| dir.entries.keys()).map(ToString::to_string).collect()
+    }
+
     /// The end of what a copy holds from its beginning, contiguously.
     pub fn durable(copy: &MemoryStore) -> Lsn {
         let Some(archive) = Self::archive(copy) else { return Lsn::ZERO };
@@ -194,7 +209,7 @@ impl S3Rig<'_> {
         let catalog = wait_for(archive.load_catalog()).expect("the catalog can be read");
         let open: Vec<_> = continuity::gaps(&catalog).into_iter().filter(|gap| gap.state == GapState::Open).collect();
         assert!(open.is_empty(), "{}: {open:#?}", self.slot);
-        let holder = Holder { repository: "offsite".to_owned(), archive };
+        let holder = Holder::new("offsite", archive);
         let reader = WalGet::new(vec![holder], PathChoice::Latest);
         self.compare(|name, to| {
             let outcome = wait_for(reader.get(name, to)).unwrap_or_else(|error| panic!("{}: {error}", self.slot));

@@ -123,6 +123,8 @@ pub enum Fault {
     },
     /// An honest answer with one bit of the body changed.
     WrongContent,
+    /// An honest answer, later: the store is at a distance.
+    Delay(Duration),
 }
 
 impl Fault {
@@ -156,7 +158,7 @@ impl Fault {
             Fault::StallReading { .. } => false,
             Fault::EffectThenAnswer(_) | Fault::CloseAfter | Fault::HangAfter | Fault::StallBody { .. } => true,
             Fault::Trickle { .. } | Fault::ShortBody { .. } => true,
-            Fault::TruncatedBody { .. } | Fault::WrongContent => true,
+            Fault::TruncatedBody { .. } | Fault::WrongContent | Fault::Delay(_) => true,
         }
     }
 }
