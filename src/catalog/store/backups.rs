@@ -121,16 +121,17 @@ impl Archive {
 
     /// All that is there of backups, and is said about them.
     pub async fn shelf(&self) -> Result<Shelf, CatalogError> {
-        // The lease first: a backup that ends while this is read was under way, or is there.
+        // Whoever takes a backup says how it ended before it gives the lease back: read the other way round, one that ends
+        // meanwhile is found under way or ended, and never neither.
+        let mut records = self.backup_records().await?;
         let lease = self.lease().await?;
         let failed = self.failed_backups().await?;
-        let mut shelf = Shelf {
-            records: self.backup_records().await?,
-            failed,
-            pins: self.pins().await?,
-            lease,
-            ..Shelf::default()
-        };
+        for record in &mut records {
+            if record.backup.is_none() && !record.is_dead && !failed.contains_key(&record.id) {
+                *record = self.backup_record(record.id).await?;
+            }
+        }
+        let mut shelf = Shelf { records, failed, pins: self.pins().await?, lease, ..Shelf::default() };
         let begun = |record: &BackupRecord| record.begin.as_ref().and_then(|begin| begin.lease);
         let numbers: BTreeSet<LeaseNumber> = shelf.unfinished().filter_map(begun).collect();
         for number in numbers {
