@@ -600,8 +600,11 @@ impl Question<'_, '_> {
             Some(Wanted::Lsn(lsn)) => lsn < interval.from.lsn,
             None => false,
         };
-        let before = intervals.iter().rev().find(is_before).map(last);
-        let after = intervals.iter().find(is_after).map(first);
+        let before = intervals.iter().rev().find(is_before);
+        // Where an interval's first time is not known, its place tells.
+        let follows = |interval: &&Interval| before.is_none_or(|before| before.to.lsn < interval.from.lsn);
+        let after = intervals.iter().filter(follows).find(is_after).map(first);
+        let before = before.map(last);
         Refusal { message, nearest: before.into_iter().chain(after).collect() }
     }
 }

@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use super::plan::BackupCopy;
 use crate::catalog::{BackupFile, BackupRecord, Catalog, Holdings, IndexEntry, Source};
 use crate::continuity::{self, Gap, GapState, Run, Stretch};
-use crate::repository::layout::BackupId;
+use crate::repository::layout::{BackupId, WalDirectory};
 use crate::wal::{History, Lsn, Proof, SegmentName, SegmentSize, TimelineId};
 
 /// A complete backup, in every repository that has it and all that it builds on.
@@ -304,7 +304,9 @@ impl<'a> Reach<'a> {
     /// The index entry of a segment whose object some repository has.
     fn entry(&self, name: SegmentName) -> Option<&'a IndexEntry> {
         let of = |catalog: &&'a Catalog| {
-            catalog.timelines.get(&name.timeline)?.iter().find_map(|directory| directory.sealed(name))
+            let directories = catalog.timelines.get(&name.timeline)?;
+            let at = directories.binary_search_by_key(&WalDirectory::of(name), |contents| contents.directory).ok()?;
+            directories[at].sealed(name)
         };
         self.catalogs.iter().find_map(of)
     }

@@ -317,6 +317,17 @@ fn a_gap_is_named_with_both_of_its_sides() {
 }
 
 #[test]
+fn a_time_in_a_gap_has_no_state_after_it_where_no_backup_follows() {
+    let archived = Archived::default().commit(1, 10, 700, 100).commit(1, 30, 701, 300).wal(1, 0, 40).wal(1, 48, 96);
+    let archived = archived.backup(1, 11, 20, 160);
+    let unknown = BackupFile { stop_time: None, ..archived.backups[0].clone() };
+    let archived = Archived { backups: vec![unknown], ..archived };
+    let refused = archived.refusal("@400");
+    assert!(refused.ends_with(&format!(": --to {}", text(40))), "{refused}");
+    assert!(archived.refusal("@50").ends_with(&format!(": --to {}", text(20))));
+}
+
+#[test]
 fn an_action_at_the_end_needs_a_record_to_stop_after() {
     let archived = two_backups();
     let pause = |target| Wish { action: Action::Pause, ..wish(target) };

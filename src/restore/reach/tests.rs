@@ -154,7 +154,7 @@ fn a_backup_is_known_by_all_its_copies_and_by_none_that_differ() {
     let both = known_backups(&[("a", &[record(file.clone())]), ("b", &[record(file.clone())])]).unwrap();
     let names: Vec<&str> = both[0].copies.iter().map(|copy| copy.repository.as_str()).collect();
     assert_eq!(names, ["a", "b"]);
-    let one = known_backups(&[("a", &[dead.clone()]), ("b", &[record(file.clone())])]).unwrap();
+    let one = known_backups(&[("a", std::slice::from_ref(&dead)), ("b", &[record(file.clone())])]).unwrap();
     assert_eq!((one.len(), one[0].copies.len(), one[0].copies[0].repository.as_str()), (1, 1, "b"));
     assert_eq!(known_backups(&[("a", &[dead])]), Ok(vec![]));
     let other = BackupFile { stop_lsn: lsn(13), ..file.clone() };
