@@ -13,6 +13,7 @@ mod many;
 mod monitoring;
 mod readers;
 mod readme;
+mod restores;
 mod s3_conformance;
 mod s3_faults;
 mod s3_server;
