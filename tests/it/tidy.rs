@@ -15,6 +15,8 @@ const PURE: &[&str] = &[
     "src/wal/",
     "src/codec/",
     "src/receiver/progress.rs",
+    "src/restore/execute/members.rs",
+    "src/restore/execute/settings.rs",
     "src/receiver/framer.rs",
     "src/receiver/resume.rs",
     "src/continuity.rs",

@@ -16,6 +16,7 @@ use crate::error::{ExitCode, Failure};
 use crate::restore::execute::{self, ExecuteOptions, Mapping, Phase, RestoreProgress, Restored};
 use crate::restore::plan::RestorePlan;
 use crate::restore::wal_get::Holder;
+use crate::secret::Secret;
 
 /// Between two lines, where there is no terminal.
 const SAY_INTERVAL: Duration = Duration::from_secs(10);
@@ -64,7 +65,7 @@ fn options(
         delta: args.delta,
         owner: args.owner.as_deref().map(execute::parse_owner).transpose()?,
         tablespaces: mappings.ok_or_else(|| usage("--tablespace takes OLD=NEW: two absolute paths"))?,
-        primary_conninfo: args.primary_conninfo.clone(),
+        primary_conninfo: args.primary_conninfo.clone().map(Secret::new),
         jobs: args.jobs.map(usize::from),
         seawall: words(global, plan, config)?,
         host: setup::host_name(),

@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::members;
 use super::settings::{quoted, shell_word};
 use crate::catalog::backup::ConfigEntry;
 
@@ -40,6 +41,12 @@ pub fn decide(entries: &[ConfigEntry], is_inside: bool, original: Option<&[u8]>,
     }
 }
 
+/// Whether a captured file may lie in the data directory under its name: it is configuration, and nothing of the server's.
+pub fn belongs_in_copy(name: &str) -> bool {
+    const OWN: &str = "postgresql.auto.conf";
+    members::is_plain(name.as_bytes()) && name.ends_with(".conf") && name != OWN
+}
+
 fn same_place(one: &Path, other: &Path) -> bool {
     let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
     real(one) == real(other)
@@ -54,7 +61,7 @@ fn data_directory(text: &[u8]) -> Option<PathBuf> {
         let value = rest.strip_prefix('=').unwrap_or(rest).trim_start().strip_prefix('\'')?;
         name.eq_ignore_ascii_case("data_directory").then(|| PathBuf::from(value.split('\'').next().unwrap_or_default()))
     };
-    text.lines().filter_map(value).last()
+    text.lines().filter_map(value).next_back()
 }
 
 /// The captured postgresql.conf, pointed at the copy.

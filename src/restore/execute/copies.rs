@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::error::{CopyFault, Faults, RestoreError};
 use super::members;
-use super::site::Site;
+use super::site::{CONTROL, Site};
 use super::unpack::{UnpackFault, unpack};
 use crate::catalog::backup::{BackupFile, ConfigEntry};
 use crate::catalog::manifest::{Manifest, ManifestCollector};
@@ -47,6 +47,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(3);
 /// A million files take about 150 MB.
 const MANIFEST_BYTES_MAX: u64 = 4 << 30;
+/// Without them it is no data directory.
+const NEEDED: [&[u8]; 3] = [b"PG_VERSION", b"backup_label", CONTROL];
 pub const CONFIG_BYTES_MAX: u64 = 16 << 20;
 /// Enough of an encrypted object to tell whether it can be read.
 const KEY_PROBE_BYTES: u64 = 64 << 10;
@@ -203,6 +205,9 @@ fn contradiction(manifest: &Manifest, backup: &BackupFile) -> Option<String> {
     }
     if summary.files != backup.manifest.files {
         return Some(format!("it lists {} files, backup.json says {}", summary.files, backup.manifest.files));
+    }
+    if let Some(missing) = NEEDED.iter().find(|path| manifest.files.find(path).is_none()) {
+        return Some(format!("it lists no {}", crate::codec::tar::shown(missing)));
     }
     let mut bytes: u64 = 0;
     for file in manifest.files.iter() {

@@ -75,7 +75,7 @@ impl Sweep<'_> {
             let below = if path.is_empty() { name.clone() } else { [path, b"/", name.as_slice()].concat() };
             let name = OsStr::from_bytes(&name);
             let stat = at.stat_link(name).map_err(|source| fault(&below, source))?;
-            match self.fate(&below, FileType::from_raw_mode(stat.st_mode), stat.st_nlink as u64, stat.st_size as u64) {
+            match self.fate(&below, FileType::from_raw_mode(stat.st_mode), stat.st_nlink, stat.st_size as u64) {
                 Found::Candidate(index) => {
                     is_used = true;
                     self.candidates.push(Candidate { tablespace: self.tablespace, path: below, index });

@@ -54,6 +54,7 @@ use super::wal_get::Holder;
 use crate::catalog::backup::TablespaceEntry;
 use crate::catalog::manifest::Manifest;
 use crate::repository::layout::BackupType;
+use crate::secret::Secret;
 
 const JOBS_DEFAULT_MIN: usize = 4;
 
@@ -67,7 +68,7 @@ pub struct ExecuteOptions {
     pub owner: Option<(u32, u32)>,
     pub tablespaces: Vec<Mapping>,
     /// For a standby that shall stream; without it, it lives from the archive.
-    pub primary_conninfo: Option<String>,
+    pub primary_conninfo: Option<Secret>,
     /// Volumes at a time.
     pub jobs: Option<usize>,
     /// The words that run this program and tell it where the archive is, absolute, without the verb:
@@ -138,10 +139,11 @@ pub async fn execute(
     if backup.backup_type != BackupType::Full {
         return Err(RestoreError::Incremental { backup: backup.id });
     }
+    let server_major = server_major(&backup.server_version)?;
     let pgdata = absolute(&options.pgdata)?;
     let places = tablespaces::places(&backup.tablespaces, &options.tablespaces, &pgdata)?;
     let id = RestoreId(fastrand::u64(1..));
-    let work = Work { plan, options, pgdata, places, id, jobs: jobs(options.jobs) };
+    let work = Work { plan, options, pgdata, places, id, server_major, jobs: jobs(options.jobs) };
     // What can be refused is refused before anything is written anywhere.
     work.survey().await?;
     let pinned = pin::put(id, plan, holders, options.host.as_deref()).await;
@@ -157,6 +159,8 @@ struct Work<'a> {
     pgdata: PathBuf,
     places: Vec<Place>,
     id: RestoreId,
+    /// 18 for 18.1.
+    server_major: u32,
     jobs: usize,
 }
 
@@ -216,7 +220,7 @@ impl Work<'_> {
             .await?
         };
         let user = site.ground.tree.owner().and_then(|(uid, _)| owner::name_of(uid.as_raw()));
-        let pg_ctl = config::pg_ctl(self.server_major());
+        let pg_ctl = config::pg_ctl(self.server_major);
         Ok(Restored {
             id: self.id,
             pgdata: self.pgdata.clone(),
@@ -330,12 +334,6 @@ impl Work<'_> {
         written
     }
 
-    fn server_major(&self) -> u32 {
-        let version = &self.plan.backup().server_version;
-        let digits = version.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
-        digits.parse().unwrap_or(0)
-    }
-
     /// What becomes of configuration the source kept elsewhere, the files to write for it, and what to say.
     async fn configuration(
         &self,
@@ -369,8 +367,7 @@ impl Work<'_> {
             Configuration::Captured => {
                 let names: Vec<&str> = entries.iter().map(|entry| entry.name.as_str()).collect();
                 for (index, entry) in entries.iter().enumerate() {
-                    if !members::is_plain(entry.name.as_bytes()) || manifest.files.find(entry.name.as_bytes()).is_some()
-                    {
+                    if !config::belongs_in_copy(&entry.name) || manifest.files.find(entry.name.as_bytes()).is_some() {
                         continue;
                     }
                     let content = copies::config(copies, index).await?;
@@ -395,7 +392,7 @@ impl Work<'_> {
         let id = self.id.to_string();
         let restore_command = settings::command(words().chain(["wal-get", "--restore", &id]));
         let recovery = Recovery {
-            server_major: self.server_major(),
+            server_major: self.server_major,
             stop: plan.stop.clone(),
             inclusive: plan.inclusive,
             action: plan.action,
@@ -429,6 +426,16 @@ impl Work<'_> {
 struct Taken {
     ground: ground::Ground,
     tablespaces: BTreeMap<u32, Tree>,
+}
+
+/// Settings differ between versions, and a server does not start with one it does not know.
+fn server_major(version: &str) -> Result<u32, RestoreError> {
+    /// The first with `recovery.signal`, and settings instead of recovery.conf.
+    const OLDEST: u32 = 12;
+    let digits = version.split(|c: char| !c.is_ascii_digit()).next().unwrap_or_default();
+    digits.parse().ok().filter(|&major| major >= OLDEST).ok_or_else(|| RestoreError::Inconsistent {
+        fault: format!("{version:?} is no version of PostgreSQL that can be restored"),
+    })
 }
 
 fn jobs(said: Option<usize>) -> usize {

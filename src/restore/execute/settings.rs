@@ -9,6 +9,7 @@ use std::fmt::Write as _;
 
 use crate::restore::plan::Stop;
 use crate::restore::target::Action;
+use crate::secret::Secret;
 use crate::wal::TimelineId;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub struct Recovery {
     pub timeline: Timeline,
     pub standby: bool,
     /// Of the server a standby streams from; `None`: from nowhere.
-    pub primary_conninfo: Option<String>,
+    pub primary_conninfo: Option<Secret>,
     /// Shell commands.
     pub restore_command: String,
     pub recovery_end_command: String,
@@ -75,7 +76,7 @@ impl Recovery {
             ("archive_cleanup_command", String::new()),
             ("archive_mode", "off".to_string()),
             ("archive_command", String::new()),
-            ("primary_conninfo", self.primary_conninfo.clone().unwrap_or_default()),
+            ("primary_conninfo", self.primary_conninfo.as_ref().map(Secret::expose).unwrap_or_default().to_string()),
             ("primary_slot_name", String::new()),
             // Nobody answers for the source's standbys here: every commit would wait for ever.
             ("synchronous_standby_names", String::new()),

@@ -58,6 +58,16 @@ pub fn binary_for_servers(scratch: &Scratch) -> PathBuf {
     copy
 }
 
+/// [`command`] as the service user runs it.
+pub fn command_as_service_user<A: AsRef<std::ffi::OsStr>>(
+    scratch: &Scratch,
+    arguments: impl IntoIterator<Item = A>,
+) -> Command {
+    let mut command = Command::new(binary_for_servers(scratch));
+    process::as_service_user(clean_environment(&mut command).args(arguments));
+    command
+}
+
 /// `seawall ARGUMENTS` (`wal-get …` with `%f` and `%p`) as a `restore_command` a server can run.
 ///
 /// `repository` becomes the service user's; whoever writes to it later as root calls
@@ -87,9 +97,7 @@ impl Agent {
         scratch: &Scratch,
         arguments: impl IntoIterator<Item = A>,
     ) -> Agent {
-        let mut command = Command::new(binary_for_servers(scratch));
-        process::as_service_user(clean_environment(&mut command).args(arguments));
-        Agent::spawn(command)
+        Agent::spawn(command_as_service_user(scratch, arguments))
     }
 
     /// Starts a command prepared by [`command`], with more environment for instance.
