@@ -113,11 +113,15 @@ pub fn is_plain(path: &[u8]) -> bool {
     fault_of(path).is_none()
 }
 
-/// The path of a member, without a directory's slash. The server writes `./` before the directories below pg_wal.
+/// The path of a member, without a directory's slash, and without the `./` of two of them: every server calls them
+/// `./pg_wal/archive_status` and `./pg_wal/summaries`.
 fn plain(name: &[u8], kind: Kind) -> Result<&[u8], Refused> {
-    let name = name.strip_prefix(b"./pg_wal/").map_or(name, |_| &name[2..]);
     let path = match kind {
-        Kind::Directory | Kind::Link => name.strip_suffix(b"/").unwrap_or(name),
+        Kind::Directory => {
+            let path = name.strip_suffix(b"/").unwrap_or(name);
+            path.strip_prefix(b"./").filter(|path| path.starts_with(b"pg_wal/")).unwrap_or(path)
+        }
+        Kind::Link => name.strip_suffix(b"/").unwrap_or(name),
         Kind::File | Kind::Other => name,
     };
     match fault_of(path) {
@@ -164,6 +168,7 @@ mod tests {
             ("base/1/", Kind::Directory, directory("base/1")),
             ("pg_wal/", Kind::Directory, directory("pg_wal")),
             ("pg_wal/archive_status/", Kind::Directory, directory("pg_wal/archive_status")),
+            ("./pg_wal/archive_status", Kind::Directory, directory("pg_wal/archive_status")),
             ("pg_wal/summaries", Kind::Directory, directory("pg_wal/summaries")),
             ("pg_wal/.seawall-0000000000000001/", Kind::Directory, Fate::Ours),
             ("pg_replslot/", Kind::Directory, directory("pg_replslot")),
