@@ -380,6 +380,8 @@ impl<'a> Backup<'a> {
         let id = self.id.expect("it has begun");
         let remaining = self.remaining();
         let recipients = self.request.destinations[remaining[0]].archive.keys.recipients.clone();
+        // When the source fails, no store goes on trying.
+        let patience = Patience { stop: self.patience.stop.child_token(), ..self.patience.clone() };
         let (mut outlets, mut stores) = (Vec::new(), Vec::new());
         for &index in &remaining {
             let archive = self.request.destinations[index].archive.clone();
@@ -387,7 +389,7 @@ impl<'a> Backup<'a> {
             assert_eq!(same, recipients.as_ref().map(Recipients::public_keys), "one cluster has one set of recipients");
             let (outlet, items) = mpsc::channel(frames::PARTS_QUEUED);
             outlets.push(outlet);
-            let storing = store::run_storing(archive, id, items, self.patience.clone());
+            let storing = store::run_storing(archive, id, items, patience.clone());
             stores.push(AbortOnDropHandle::new(tokio::spawn(storing)));
         }
         let BackupOptions { level, threads, .. } = self.request.options;
@@ -396,7 +398,9 @@ impl<'a> Backup<'a> {
         let config = std::mem::take(&mut self.request.config);
         let (options, stop) = (&self.request.options, &self.patience.stop);
         let received = receive(connection, &source.facts, options, config, framer, self.progress, stop).await;
-        // The reader is gone: what follows it ends, too.
+        if received.is_err() {
+            patience.stop.cancel();
+        }
         let encoded = joined(encoding.await);
         for (&index, store) in remaining.iter().zip(stores) {
             let stored = joined(store.await);

@@ -46,6 +46,15 @@ impl Patience {
         Attempts { patience: self, since: Instant::now(), delays: delays.build() }
     }
 
+    /// One call, dropped when it takes too long (`None`) or the backup is stopped.
+    async fn call<T>(&self, call: impl Future<Output = T>) -> Result<Option<T>, BackupError> {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => Err(BackupError::Stopped),
+            answer = timeout(CALL_DEADLINE, call) => Ok(answer.ok()),
+        }
+    }
+
     /// Repeats `call` until it succeeds, or that is hopeless.
     pub async fn retry<T, F>(&self, mut call: impl FnMut() -> F) -> Result<T, BackupError>
     where
@@ -160,11 +169,11 @@ impl Storing {
         let upload = self.upload.as_mut().expect("a part belongs to an object that was begun");
         let mut attempts = self.patience.attempts();
         loop {
-            match timeout(CALL_DEADLINE, upload.append(part.clone())).await {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(error)) => attempts.handle_failure(error).await?,
+            match self.patience.call(upload.append(part.clone())).await? {
+                Some(Ok(())) => return Ok(()),
+                Some(Err(error)) => attempts.handle_failure(error).await?,
                 // The call was dropped: the upload is of no more use.
-                Err(_) => return Err(no_answer(&self.archive.backend.describe()).into()),
+                None => return Err(no_answer(&self.archive.backend.describe()).into()),
             }
         }
     }
@@ -173,10 +182,10 @@ impl Storing {
         let upload = self.upload.as_mut().expect("an object ends that was begun");
         let mut attempts = self.patience.attempts();
         loop {
-            match timeout(CALL_DEADLINE, upload.complete()).await {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) => attempts.handle_failure(error).await?,
-                Err(_) => return Err(no_answer(&self.archive.backend.describe()).into()),
+            match self.patience.call(upload.complete()).await? {
+                Some(Ok(())) => break,
+                Some(Err(error)) => attempts.handle_failure(error).await?,
+                None => return Err(no_answer(&self.archive.backend.describe()).into()),
             }
         }
         self.upload = None;
