@@ -1,5 +1,4 @@
-//! Full base backups: from the server's stream to volumes in every repository (DESIGN: "Base backups";
-//! proto-notes/04-base-backup.md).
+//! Full base backups: from the server's stream to volumes in every repository (proto-notes/04-base-backup.md).
 //!
 //! Owns: running BASE_BACKUP, verifying what it sends against its manifest, cutting, compressing, encrypting and storing
 //! volumes, and the order of a backup's objects: `begin.json` first, `backup.json` last.
