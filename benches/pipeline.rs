@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use jiff::Timestamp;
+use seawall::agent::backup::BackupSettings;
 use seawall::agent::world::{ClusterOptions, Repository, World};
 use seawall::agent::{Assignment, Fleet};
 use seawall::archiver::Workers;
+use seawall::backup::BackupOptions;
 use seawall::codec::encrypt::Keys;
 use seawall::codec::{Encoder, FRAME_BYTES, LEVEL_DEFAULT};
 use seawall::receiver::{Acknowledge, Clock};
@@ -101,7 +103,8 @@ fn receive(criterion: &mut Criterion) {
             server.with(|state| set_flush(state, START));
             let run = async {
                 let stop = CancellationToken::new();
-                let assignment = Assignment { world, options: options() };
+                let backups = BackupSettings { automatic: false, options: BackupOptions::default(), from: None };
+                let assignment = Assignment { world, options: options(), backups };
                 let agent = tokio::spawn(Fleet::new(vec![assignment], stop).run(Some(writer.flush_lsn())));
                 while server.with(|state| state.sent.is_empty()) {
                     tokio::time::sleep(Duration::from_millis(1)).await;

@@ -94,7 +94,7 @@ pub async fn receive(
         facts,
         options,
         framer,
-        content: Content::Files(Intake::new(options.checksums, options.volume_bytes, facts.major >= 15)),
+        content: Content::Files(Box::new(Intake::new(options.checksums, options.volume_bytes, facts.major >= 15))),
         inflater: None,
         start: None,
         in_stream: None,
@@ -122,7 +122,7 @@ pub async fn receive(
 /// First files, then the manifest that lists them.
 #[derive(Debug)]
 enum Content {
-    Files(Intake),
+    Files(Box<Intake>),
     Manifest(Box<ManifestCheck>, KeptFiles),
     /// Only while one becomes the other.
     Nothing,

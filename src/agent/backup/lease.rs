@@ -425,7 +425,9 @@ mod tests {
             let one = |number: usize, trusting: Arc<Mutex<BTreeSet<usize>>>, place: Place| async move {
                 for round in 0..3 {
                     let name = format!("{number}-{round}");
-                    let Ok((lease, _)) = Lease::acquire(&[place.clone()], &tenant(&name), Patience::Wait).await else {
+                    let Ok((lease, _)) =
+                        Lease::acquire(std::slice::from_ref(&place), &tenant(&name), Patience::Wait).await
+                    else {
                         continue;
                     };
                     for _ in 0..30 {

@@ -221,8 +221,8 @@ impl<'a> Story<'a> {
         // It dropped the largest relation: a table, its index, its visibility map go in one commit, the last one.
         let answer: serde_json::Value = serde_json::from_str(&answer)
             .map_err(|error| Failure::new(ExitCode::Internal, format!("seawall find --json: {error}")))?;
-        let drops = answer["events"].as_array().into_iter().flatten().filter(|event| event["kind"] == "drop");
-        let restore = drops.last().and_then(|event| event["restore"].as_str());
+        let mut drops = answer["events"].as_array().into_iter().flatten().filter(|event| event["kind"] == "drop");
+        let restore = drops.next_back().and_then(|event| event["restore"].as_str());
         let restore =
             restore.ok_or_else(|| Failure::new(ExitCode::Internal, "`seawall find` does not know the accident"))?;
         Ok(restore.split(' ').map(str::to_string).collect())
