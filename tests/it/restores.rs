@@ -49,7 +49,6 @@ impl Scene {
         // The source streams to somebody, and commits wait for nobody: the copy must do neither.
         server.sql("alter system set primary_conninfo = 'host=nowhere.invalid'");
         let archive = Archived::of(&server);
-        archive.configure("backup = { automatic = false }\n");
         prepare(&archive);
         let agent = archive.streaming_agent();
         let scene = Scene { server, archive, scratch, _agent: agent };

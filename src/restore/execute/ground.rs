@@ -7,6 +7,7 @@
 use std::io::{self, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::fs::{Gid, Mode, Uid};
@@ -68,13 +69,26 @@ pub fn owner(pgdata: &Path, said: Owner) -> Result<Owner, RestoreError> {
     }
 }
 
+/// A child that was forked while the lock was held keeps it until it runs its own program: a moment, not a restore.
+fn lock_patiently(root: &Directory) -> io::Result<Directory> {
+    const ATTEMPTS: u32 = 20;
+    const PAUSE: Duration = Duration::from_millis(50);
+    for _ in 1..ATTEMPTS {
+        match root.lock() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(PAUSE),
+            locked => return locked,
+        }
+    }
+    root.lock()
+}
+
 /// Looks, and changes nothing but that it creates an absent directory.
 pub fn take(pgdata: &Path, owner: Owner, system_id: SystemId, delta: bool) -> Result<Ground, RestoreError> {
     let root = open_or_create(pgdata, owner)?;
     let local = |operation| move |source| RestoreError::local(operation, pgdata, source);
     // It goes with the process that holds it: nothing is left over to clean. Where there are no such locks, two
     // restores at once are the operator's to avoid.
-    let lock = match root.lock() {
+    let lock = match lock_patiently(&root) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             return Err(RestoreError::Busy { path: pgdata.to_path_buf() });
         }
