@@ -15,13 +15,6 @@ use crate::support::archived::{self, Archived, create_journal, note, notes};
 use crate::support::postgres::{self, BaseBackup, Server};
 use crate::support::{agent, process};
 
-/// Backups are taken by these tests alone.
-fn archive_of(conninfo: &str) -> Archived {
-    let archive = Archived::by_conninfo(conninfo);
-    archive.configure("backup.automatic = false\n");
-    archive
-}
-
 /// A backup, as the catalog knows it and as it can be recovered.
 struct Taken {
     id: BackupId,
@@ -138,7 +131,7 @@ fn first(count: usize) -> Vec<String> {
 fn every_kind_of_target_is_planned_and_reached() {
     for major in [13, 18].into_iter().filter(|&major| postgres::is_installed(major)) {
         let server = Server::builder(major).wal_segment_mib(1).setting("track_commit_timestamp", "on").start();
-        let archive = archive_of(&server.conninfo());
+        let archive = Archived::by_conninfo(&server.conninfo());
         let _agent = archive.streaming_agent();
         create_journal(&server);
         let mut scene = Scene { archive, taken: Vec::new(), major };
@@ -203,7 +196,7 @@ fn every_kind_of_target_is_planned_and_reached() {
 fn a_time_at_which_the_server_was_idle_is_the_end_of_the_wal_while_the_server_says_so() {
     for major in [13, 18].into_iter().filter(|&major| postgres::is_installed(major)) {
         let server = Server::builder(major).wal_segment_mib(1).start();
-        let archive = archive_of(&server.conninfo());
+        let archive = Archived::by_conninfo(&server.conninfo());
         let _agent = archive.streaming_agent();
         create_journal(&server);
         note(&server, "1");
@@ -246,7 +239,7 @@ fn a_time_at_which_the_server_was_idle_is_the_end_of_the_wal_while_the_server_sa
 fn nothing_can_be_restored_without_a_backup() {
     let Some(major) = postgres::newest_major() else { return };
     let server = Server::builder(major).wal_segment_mib(1).start();
-    let archive = archive_of(&server.conninfo());
+    let archive = Archived::by_conninfo(&server.conninfo());
     let _agent = archive.streaming_agent();
     create_journal(&server);
     archive.wait_acknowledged(&server);
@@ -265,8 +258,9 @@ fn each_line_is_planned_by_itself() {
     let mut standby = Server::standby_of(&primary).start();
     let hosts = format!("{},{}", primary.socket_dir().display(), standby.socket_dir().display());
     let ports = format!("{},{}", primary.port(), standby.port());
-    let archive =
-        archive_of(&format!("host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs=read-write"));
+    let archive = Archived::by_conninfo(&format!(
+        "host={hosts} port={ports} user=postgres dbname=postgres target_session_attrs=read-write"
+    ));
     let _agent = archive.streaming_agent();
     create_journal(&primary);
     note(&primary, "1");
@@ -319,7 +313,7 @@ fn each_line_is_planned_by_itself() {
 fn a_restore_goes_up_to_a_gap_and_not_into_it() {
     let Some(major) = postgres::newest_major() else { return };
     let server = Server::builder(major).wal_segment_mib(1).setting("track_commit_timestamp", "on").start();
-    let archive = archive_of(&server.conninfo());
+    let archive = Archived::by_conninfo(&server.conninfo());
     let _agent = archive.streaming_agent();
     create_journal(&server);
     note(&server, "1");
