@@ -412,6 +412,8 @@ fn a_store_at_a_distance_is_asked_ahead_of_time_and_sparingly() {
         if ahead == "0" {
             restored::kill(restored::helper(directory.path()));
         }
+        // The first one reads what later ones remember.
+        directory.ask(&mut s3_wal_get(&rig, &["--ahead", ahead]), &name).is_absent();
         store.forget_requests();
         directory.ask(&mut s3_wal_get(&rig, &["--ahead", ahead]), &name).is_absent();
         let requests: Vec<String> =

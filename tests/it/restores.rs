@@ -209,7 +209,11 @@ fn comes_back_as_it_was(major: u32, has_checksums: bool) {
         ("synchronous_standby_names", ""),
         ("archive_command", "(disabled)"),
     ] {
-        assert_eq!(copy.value(&format!("show {setting}")), value, "{setting}");
+        assert_eq!(
+            copy.value(&format!("select '<' || current_setting('{setting}') || '>'")),
+            format!("<{value}>"),
+            "{setting}"
+        );
     }
     assert_eq!(copy.timeline(), 2);
     let location = "select pg_tablespace_location(oid) from pg_tablespace where spcname = 'fast'";
