@@ -89,8 +89,9 @@ def main():
         seawall = usable_seawall(scratch)
         if seawall is None:
             return 0
-        server = Server(scratch, "max_wal_size = 1TB\nsynchronous_commit = off\n")
-        bench = Bench(scratch, seawall, server)
+        ground = directory(scratch / "ground")
+        server = Server(ground, "max_wal_size = 1TB\nsynchronous_commit = off\n")
+        bench = Bench(ground, seawall, server)
         try:
             return run(bench)
         finally:

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Comparisons are about WAL: the first base backup would be one more thing that runs.
-os.environ.setdefault("SEAWALL__CLUSTERS__MAIN__BACKUP__AUTOMATIC", "false")
 SIZE_GIB = float(os.environ.get("SIZE_GIB", "3"))
 PAIRS = int(os.environ.get("PAIRS", "5"))
 SCRATCH = Path(os.environ.get("SCRATCH", "/dev/shm"))
@@ -57,6 +55,8 @@ IDENTITY = {"user": USER.pw_uid, "group": USER.pw_gid, "extra_groups": []} if US
 
 def environment(**more):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "SEAWALL", "RUST_LOG"))}
+    # A base backup by itself is no part of what is compared here.
+    kept["SEAWALL__CLUSTERS__MAIN__BACKUP__AUTOMATIC"] = "false"
     return kept | {"LC_ALL": "C", "TZ": "UTC"} | more
 
 

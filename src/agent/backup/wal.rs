@@ -15,8 +15,9 @@ use crate::continuity;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::wal::{Lsn, SegmentSize, TimelineId};
 
-/// Between two looks.
-const LOOK_INTERVAL: Duration = Duration::from_secs(2);
+/// Between two looks, at first and later: the end of a backup ends a segment, which the agent stores at once.
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(100);
+const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(2);
 /// An archive whose end has not moved for this long, although the server has written more, does not move.
 const STALL: Duration = Duration::from_secs(300);
 
@@ -47,7 +48,7 @@ pub async fn wait(
     mut status: Option<watch::Receiver<Status>>,
 ) -> Result<Option<Timestamp>, Failure> {
     let mut reached = (Lsn::ZERO, Instant::now());
-    let (mut is_first, mut is_interrupted) = (true, false);
+    let (mut is_first, mut is_interrupted, mut pause) = (true, false, LOOK_INTERVAL_MIN);
     loop {
         match held(place, needed).await {
             Ok(Held::All(last_commit)) => return Ok(last_commit),
@@ -74,7 +75,9 @@ pub async fn wait(
                 None => std::future::pending().await,
             }
         };
-        if tokio::time::timeout(LOOK_INTERVAL, is_there).await.is_ok() {
+        let interval = pause;
+        pause = (pause * 2).min(LOOK_INTERVAL_MAX);
+        if tokio::time::timeout(interval, is_there).await.is_ok() {
             // It says so of its own stream; what is there is looked up.
             status = None;
         }
