@@ -320,12 +320,13 @@ async fn a_full_disk_is_no_space_until_there_is_room() {
     assert_eq!(backend.fetch(&other, 0..800 << 10).await.unwrap(), whole);
     backend.delete(&other).await.unwrap();
     // A child of another test that was forked just now holds the deleted file open until it runs its own program.
-    for _ in 0..600 {
-        match backend.put_new(&big, &body(600 << 10)).await {
-            Err(error) if error.is(StoreErrorKind::NoSpace) => tokio::time::sleep(Duration::from_millis(100)).await,
-            stored => break stored.expect("there is room again"),
+    let stored = async {
+        while let Err(error) = backend.put_new(&big, &body(600 << 10)).await {
+            assert_eq!(error.kind, StoreErrorKind::NoSpace);
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
-    }
+    };
+    tokio::time::timeout(Duration::from_secs(60), stored).await.expect("there is room again");
     assert_eq!(backend.fetch(&big, 0..600 << 10).await.unwrap(), body(600 << 10)[0]);
 }
 
