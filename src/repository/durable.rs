@@ -17,8 +17,6 @@
 //!   would answer the second fsync with success. A failed fsync of the *directory* leaves the name: its content is
 //!   whole, and another writer may already rely on it. It is not success; the retry meets "already exists" and
 //!   syncs again, and journaling file systems keep failing until a remount shows what is really there.
-//! * Step 1 may have happened long before (`TempFile::prepare`): then the file is overwritten and cut to its length. Steps 2
-//!   to 4 are the same.
 //! * New directories are synced into their parents, up to the root, before anything is put into them.
 //! * fsync, not fdatasync: a new inode has to be written in either case, so fdatasync would save nothing
 //!   (it would flush size and extents too), while fsync covers owner and mode as well.
@@ -33,15 +31,11 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use bytes::Bytes;
-use rustix::fs::{Advice, AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RenameFlags, Uid};
+use rustix::fs::{AtFlags, FileType, FlockOperation, Gid, Mode, OFlags, RenameFlags, Uid};
 use rustix::io::Errno;
 
 /// Files that have no name of their own yet. Never listed as objects; removed when left over.
 pub const TEMP_PREFIX: &str = ".seawall-tmp-";
-
-/// How much a file made by [`TempFile::prepare`] has room for: one block, which most tails of synchronous commits fit in.
-/// Of a larger file the blocks behind its content would have to be freed, which is as slow as finding them was.
-pub const PREPARED_BYTES: usize = 4 << 10;
 
 /// Private: WAL holds every row of the database.
 const FILE_MODE: Mode = Mode::from_raw_mode(0o600);
@@ -319,44 +313,6 @@ impl TempFile {
         Ok(TempFile { directory, name, file, renamed: false })
     }
 
-    /// Makes files of [`PREPARED_BYTES`] zeros whose inodes and blocks are on the disk, so that whoever is in a hurry
-    /// need not allocate any, and returns their names. Debris to everybody else. Nothing rests on these syncs: a file is
-    /// synced again, whole, before it gets its name.
-    pub fn prepare(directory: &Directory, count: usize) -> io::Result<Vec<String>> {
-        let mut made = Vec::with_capacity(count);
-        for _ in 0..count {
-            let mut temp = TempFile::create(directory.open_below(".")?)?;
-            temp.file.write_all(&[0; PREPARED_BYTES])?;
-            // Begins to write it, without waiting for it.
-            let _ = rustix::fs::fadvise(&temp.file, 0, None, Advice::DontNeed);
-            made.push(temp);
-        }
-        for temp in &made {
-            retry_interrupted(|| rustix::fs::fsync(&temp.file))?;
-        }
-        Ok(made.into_iter().map(TempFile::leave).collect())
-    }
-
-    /// Closes the file, which stays under its temporary name.
-    fn leave(mut self) -> String {
-        self.renamed = true;
-        std::mem::take(&mut self.name)
-    }
-
-    /// A file made by [`TempFile::prepare`], with `parts` for its content; `None` where it is not there, not as it was
-    /// made, or in somebody else's hands. Then its name is removed: nobody will ask for it again.
-    pub fn of_prepared(directory: Directory, name: &str, parts: &[Bytes]) -> io::Result<Option<TempFile>> {
-        let opened = open_prepared(&directory, name);
-        let Ok(Some(file)) = opened else {
-            let _ = directory.unlink(name);
-            return opened.map(|_| None);
-        };
-        let mut temp = TempFile { directory, name: name.to_string(), file, renamed: false };
-        temp.write(parts)?;
-        temp.file.set_len(parts.iter().map(|part| part.len() as u64).sum())?;
-        Ok(Some(temp))
-    }
-
     pub fn file(&mut self) -> &mut File {
         &mut self.file
     }
@@ -428,20 +384,6 @@ impl Drop for TempFile {
             let _ = rustix::fs::unlinkat(&self.directory.0, &self.name, AtFlags::empty());
         }
     }
-}
-
-/// Opens and locks a file made by [`TempFile::prepare`], if it still is what was made.
-fn open_prepared(directory: &Directory, name: &str) -> io::Result<Option<File>> {
-    let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file: File = rustix::fs::openat(&directory.0, name, flags, Mode::empty())?.into();
-    // Where locks are not offered the age alone decides, as for new files.
-    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(Errno::WOULDBLOCK) {
-        return Ok(None);
-    }
-    let stat = rustix::fs::fstat(&file)?;
-    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    let is_ours = is_file && stat.st_nlink == 1 && stat.st_size == PREPARED_BYTES as i64;
-    Ok(is_ours.then_some(file))
 }
 
 /// Removes a temporary file nobody is writing any more; `false` when somebody is.
@@ -553,42 +495,6 @@ mod tests {
         drop(temp(at, "third"));
         assert_eq!(names(at), ["name"]);
         assert_eq!(std::fs::read_to_string(at.join("name")).unwrap(), "first");
-    }
-
-    #[test]
-    fn a_prepared_file_becomes_an_object_of_its_own_length_once() {
-        let directory = tempfile::tempdir().unwrap();
-        let at = directory.path();
-        let open = || Directory::open(at).unwrap();
-        let made = TempFile::prepare(&open(), 3).unwrap();
-        assert_eq!(names(at).len(), 3);
-        assert!(made.iter().all(|name| at.join(name).metadata().unwrap().len() == PREPARED_BYTES as u64));
-        let parts = ["whole ", "", "content"].map(|part| Bytes::from_static(part.as_bytes()));
-        let of_prepared = |name: &str| TempFile::of_prepared(open(), name, &parts);
-        let is_refused = |name: &str| !matches!(of_prepared(name), Ok(Some(_))) && !at.join(name).exists();
-
-        of_prepared(&made[0]).unwrap().unwrap().persist_new("name").unwrap();
-        assert_eq!(std::fs::read_to_string(at.join("name")).unwrap(), "whole content");
-        assert_eq!(at.join("name").metadata().unwrap().mode() & 0o777, 0o600);
-        assert!(is_refused(&made[0]), "it is used up");
-
-        let taken = of_prepared(&made[1]).unwrap().unwrap();
-        assert_eq!(taken.persist_new("name").unwrap_err().kind(), io::ErrorKind::AlreadyExists);
-        assert!(is_refused(&made[1]), "gone with the put that failed");
-
-        let locked = open().open_file(&made[2]).unwrap();
-        rustix::fs::flock(&locked, FlockOperation::LockExclusive).unwrap();
-        assert!(is_refused(&made[2]), "the cleaner has it");
-
-        let made = TempFile::prepare(&open(), 2).unwrap();
-        std::fs::write(at.join(&made[0]), "not zeros").unwrap();
-        assert!(is_refused(&made[0]), "not as it was made");
-        std::fs::hard_link(at.join(&made[1]), at.join("other")).unwrap();
-        assert!(is_refused(&made[1]), "it has another name, and somebody may read it");
-        std::os::unix::fs::symlink("name", at.join("link")).unwrap();
-        assert!(is_refused("link"));
-        assert_eq!(std::fs::read_to_string(at.join("name")).unwrap(), "whole content");
-        assert_eq!(names(at), ["name", "other"]);
     }
 
     /// What NFS and old kernels get instead of renameat2.

@@ -11,7 +11,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -19,7 +19,6 @@ use rustix::fs::FileType;
 use tokio::sync::Semaphore;
 
 use super::durable::{self, Directory, TEMP_PREFIX, TempFile};
-use super::prepared::{self, Leftovers, Prepared};
 use super::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload, layout};
 
 /// An operation that takes longer is reported as unavailable; a hung disk or NFS server may still carry it out.
@@ -54,7 +53,6 @@ struct Shared {
     volume: Mutex<Volume>,
     /// Directories whose path this process has made durable, and need not again.
     synced: Mutex<HashSet<String>>,
-    prepared: Mutex<Prepared>,
 }
 
 /// What the root was when it was first seen.
@@ -71,7 +69,7 @@ impl LocalBackend {
     /// fail, until it is there.
     pub fn open(root: PathBuf) -> LocalBackend {
         let root = std::path::absolute(&root).unwrap_or(root);
-        let shared = Shared { root, volume: Mutex::default(), synced: Mutex::default(), prepared: Mutex::default() };
+        let shared = Shared { root, volume: Mutex::default(), synced: Mutex::default() };
         LocalBackend { shared: Arc::new(shared), permits: Arc::new(Semaphore::new(THREADS_PER_ROOT)) }
     }
 
@@ -88,24 +86,6 @@ impl LocalBackend {
         let bytes = DEBRIS_NAMES_MAX as u64 * 4096;
         let operation = Operation { verb: "clean", location: self.describe(), bytes };
         self.run(operation, move |shared| clean_debris(shared, older_than)).await
-    }
-
-    /// Makes files ahead, where that pays. Nobody waits for it, and nothing depends on it.
-    fn prepare(&self, directory: String) {
-        if !lock(&self.shared.prepared).begin_making(&directory, Instant::now()) {
-            return;
-        }
-        let (shared, permit) = (Arc::clone(&self.shared), Arc::clone(&self.permits).try_acquire_owned());
-        let make = move || {
-            let made = permit.ok().and_then(|_permit| shared.prepare(&directory).ok()).unwrap_or_default();
-            let left = lock(&shared.prepared).made(&directory, made, Instant::now());
-            left.into_iter().for_each(|left| shared.remove_leftovers(&left));
-            // Its last object may have been deleted meanwhile.
-            if let Ok(root) = shared.root() {
-                shared.empty(&root, &directory);
-            }
-        };
-        drop(tokio::task::spawn_blocking(make));
     }
 
     fn operation(&self, verb: &'static str, key: &Key, bytes: u64) -> Operation {
@@ -179,18 +159,12 @@ impl Backend for LocalBackend {
     async fn put_new_with(&self, key: &Key, body: &[Bytes], _facts: &Facts) -> Result<(), StoreError> {
         let operation = self.operation("store", key, body.iter().map(|part| part.len() as u64).sum());
         let (key, body) = (key.clone(), body.to_vec());
-        let directory = parent(&key).to_string();
-        let put = self.run(operation, move |shared| {
-            let mut temp = match shared.prepared_file(&key, &body) {
-                Some(temp) => return Ok(temp.persist_new(key.file_name())?),
-                None => shared.new_file(&key)?,
-            };
+        self.run(operation, move |shared| {
+            let mut temp = shared.new_file(&key)?;
             temp.write(&body)?;
             Ok(temp.persist_new(key.file_name())?)
-        });
-        put.await?;
-        self.prepare(directory);
-        Ok(())
+        })
+        .await
     }
 
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError> {
@@ -320,31 +294,6 @@ impl Shared {
         }
     }
 
-    /// A file made ahead, with the object's content. Whatever is wrong with it, the object can have a new one; a name that
-    /// is taken is found when it is given.
-    fn prepared_file(&self, key: &Key, body: &[Bytes]) -> Option<TempFile> {
-        let bytes = body.iter().map(|part| part.len() as u64).sum();
-        let name = lock(&self.prepared).take(parent(key), bytes, Instant::now())?;
-        let directory = self.root().ok()?.open_below(parent(key)).ok()?;
-        TempFile::of_prepared(directory, &name, body).ok().flatten()
-    }
-
-    fn prepare(&self, directory: &str) -> Result<Vec<String>, Failed> {
-        let directory = self.root()?.open_below(directory)?;
-        Ok(TempFile::prepare(&directory, prepared::BATCH)?)
-    }
-
-    /// What is not removed is debris.
-    fn remove_leftovers(&self, left: &Leftovers) {
-        let Ok(root) = self.root() else { return };
-        if let Ok(directory) = root.open_below(&left.directory) {
-            for name in &left.names {
-                let _ = directory.unlink(name);
-            }
-            self.prune(&root, &left.directory);
-        }
-    }
-
     fn remember(&self, directory: &str) {
         let mut synced = lock(&self.synced);
         if synced.len() >= SYNCED_DIRECTORIES_MAX {
@@ -367,10 +316,7 @@ impl Shared {
         }
         for (path, names) in by_directory {
             match root.open_below(path).and_then(|directory| directory.remove_files(&names)) {
-                Ok(()) => {
-                    self.empty(&root, path);
-                    self.prune(&root, path);
-                }
+                Ok(()) => self.prune(&root, path),
                 Err(error) if is_absent(&error) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -378,30 +324,11 @@ impl Shared {
         Ok(())
     }
 
-    /// Removes the files made ahead in a directory that holds nothing else any more.
-    fn empty(&self, root: &Directory, directory: &str) {
-        let is_for = lock(&self.prepared).is_for(directory);
-        let is_empty = || root.open_below(directory).is_ok_and(|at| names(&at).is_ok_and(|names| names.is_empty()));
-        if is_for && is_empty() {
-            let left = lock(&self.prepared).give_up();
-            self.remove_leftovers(&left);
-        }
-    }
-
     /// Removes directories left empty, as if they had never been there: every segment once had one for its tails.
     fn prune(&self, root: &Directory, mut directory: &str) {
         while directory != "." && root.remove_empty_directory(directory).is_ok() {
             self.forget(directory);
             directory = directory.rsplit_once('/').map_or(".", |(above, _)| above);
-        }
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        let left = self.prepared.get_mut().unwrap_or_else(PoisonError::into_inner).give_up();
-        if !left.names.is_empty() {
-            self.remove_leftovers(&left);
         }
     }
 }

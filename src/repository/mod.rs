@@ -9,7 +9,6 @@ pub mod durable;
 pub mod layout;
 mod local;
 mod metered;
-mod prepared;
 pub mod s3;
 
 pub use backend::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, Upload};

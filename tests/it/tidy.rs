@@ -21,7 +21,6 @@ const PURE: &[&str] = &[
     "src/receiver/resume.rs",
     "src/continuity.rs",
     "src/repository/layout.rs",
-    "src/repository/prepared.rs",
     "src/repository/s3/options.rs",
     "src/repository/s3/answer.rs",
     "src/replication/message.rs",

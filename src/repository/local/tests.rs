@@ -41,19 +41,8 @@ fn files(root: &Path) -> Vec<PathBuf> {
 async fn a_directory_conforms() {
     let (directory, backend) = scratch();
     conformance::run_all(&backend, &Key::new("scratch")).await;
-    drop(backend);
-    no_temporary_file_stays(directory.path()).await;
-}
-
-/// Files made ahead go with the last handle of their backend, which may be that of a batch under way.
-async fn no_temporary_file_stays(root: &Path) {
-    let left = || files(root).into_iter().filter(|path| is_temp(path)).count();
-    let gone = async {
-        while left() > 0 {
-            tokio::task::yield_now().await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), gone).await.unwrap_or_else(|_| panic!("{} stay", left()));
+    let debris = files(directory.path()).into_iter().filter(|path| is_temp(path)).count();
+    assert_eq!(debris, 0);
 }
 
 fn is_temp(path: &Path) -> bool {
@@ -264,9 +253,7 @@ async fn a_put_survives_the_removal_of_its_directory() {
     let (one, two) = (worker("one"), worker("two"));
     one.await.unwrap();
     two.await.unwrap();
-    // Files made ahead may come after the last delete; then they go by themselves.
-    let emptied = async { while !backend.list(None).await.unwrap().is_empty() {} };
-    tokio::time::timeout(Duration::from_secs(60), emptied).await.expect("empty directories go");
+    assert_eq!(backend.list(None).await.unwrap(), []);
 }
 
 /// A file system of its own, unmounted on drop.
@@ -622,184 +609,5 @@ async fn killed_at_each_step_a_put_is_whole_or_absent() {
         assert_eq!(backend.fetch(&key, 0..whole.len() as u64).await.unwrap(), whole, "{inject}");
         backend.clean_debris(Duration::ZERO).await.unwrap();
         assert_eq!(files(directory.path()), [directory.path().join("a/object")], "{inject}");
-    }
-}
-
-/// Files made ahead in `directory`, as after many small objects in a short time.
-async fn prepare_now(backend: &LocalBackend, directory: &'static str) -> Vec<String> {
-    let now = Instant::now();
-    let is_begun = || lock(&backend.shared.prepared).begin_making(directory, now);
-    while !is_begun() {
-        assert_eq!(lock(&backend.shared.prepared).take(directory, 1, now), None, "there are none yet");
-    }
-    // On a thread for such work, where the calls of a traced child are counted together.
-    let operation = backend.operation("prepare", &Key::new(directory), 0);
-    let names = backend.run(operation, move |shared| shared.prepare(directory)).await.unwrap();
-    assert_eq!(lock(&backend.shared.prepared).made(directory, names.clone(), now), None);
-    names
-}
-
-#[tokio::test]
-async fn small_objects_get_files_made_ahead_and_large_ones_do_not() {
-    let (directory, backend) = scratch();
-    backend.put_new(&Key::new("a/first"), &body(1)).await.unwrap();
-    prepare_now(&backend, "a").await;
-    let temps = || files(directory.path()).into_iter().filter(|path| is_temp(path)).count();
-    for (name, bytes, is_prepared) in [
-        ("small", 10, true),
-        ("empty", 0, true),
-        ("just", durable::PREPARED_BYTES, true),
-        ("large", durable::PREPARED_BYTES + 1, false),
-    ] {
-        let (key, before) = (Key::new(format!("a/{name}")), temps());
-        backend.put_new(&key, &body(bytes)).await.unwrap();
-        assert_eq!(before - temps(), usize::from(is_prepared), "{name}");
-        assert_eq!(backend.fetch(&key, 0..bytes as u64).await.unwrap(), body(bytes)[0]);
-        assert_eq!(backend.stat(&key).await.unwrap(), Some(bytes as u64));
-        assert_eq!(kind(backend.put_new(&key, &body(3)).await), StoreErrorKind::AlreadyExists);
-        assert_eq!(backend.stat(&key).await.unwrap(), Some(bytes as u64), "not overwritten");
-    }
-    let listed = backend.list(Some(&Key::new("a"))).await.unwrap();
-    assert_eq!(listed.len(), 5, "objects only: {listed:?}");
-}
-
-#[tokio::test]
-async fn many_small_objects_make_the_backend_prepare_and_it_cleans_up() {
-    let (directory, backend) = scratch();
-    let put = async |n: u32| backend.put_new(&Key::new(format!("a/b/{n}")), &body(10)).await.unwrap();
-    let temps = || files(directory.path()).into_iter().filter(|path| is_temp(path)).count();
-    let mut count = 0;
-    while temps() == 0 {
-        assert!(count < 20_000, "nothing was ever made ahead");
-        put(count).await;
-        count += 1;
-    }
-    for n in count..count + 100 {
-        put(n).await;
-    }
-    let keys: Vec<Key> = (0..count + 100).map(|n| Key::new(format!("a/b/{n}"))).collect();
-    for key in &keys {
-        assert_eq!(backend.fetch(key, 0..10).await.unwrap(), body(10)[0]);
-    }
-    // The last batch may still be under way.
-    while !lock(&backend.shared.prepared).is_for("a/b") {
-        put(count + 100).await;
-        backend.delete(&Key::new(format!("a/b/{}", count + 100))).await.unwrap();
-    }
-    backend.delete_all(&keys).await.unwrap();
-    drop(backend);
-    no_temporary_file_stays(directory.path()).await;
-}
-
-#[tokio::test]
-async fn a_directory_with_nothing_but_files_made_ahead_is_empty() {
-    let (directory, backend) = scratch();
-    let [one, other] = ["a/b/one", "c/other"].map(Key::new);
-    backend.put_new(&one, &body(1)).await.unwrap();
-    backend.put_new(&other, &body(1)).await.unwrap();
-    prepare_now(&backend, "a/b").await;
-    backend.delete(&one).await.unwrap();
-    assert_eq!(files(directory.path()), [directory.path().join("c/other")]);
-    assert!(!directory.path().join("a").exists());
-    backend.put_new(&one, &body(2)).await.expect("its directory is made again");
-}
-
-#[tokio::test]
-async fn files_made_ahead_that_are_gone_are_not_missed() {
-    let (directory, backend) = scratch();
-    backend.put_new(&Key::new("a/first"), &body(1)).await.unwrap();
-    let made = prepare_now(&backend, "a").await;
-    // The cleaner of another agent.
-    assert_eq!(LocalBackend::open(directory.path().into()).clean_debris(Duration::ZERO).await.unwrap(), made.len());
-    for n in 0..made.len() {
-        backend.put_new(&Key::new(format!("a/{n}")), &body(7)).await.unwrap();
-    }
-    drop(backend);
-    no_temporary_file_stays(directory.path()).await;
-    assert_eq!(files(directory.path()).len(), made.len() + 1);
-}
-
-/// One thread for the store's calls: strace counts the calls of each.
-fn on_one_thread(work: impl Future<Output = ()>) {
-    let mut builder = tokio::runtime::Builder::new_current_thread();
-    builder.enable_all().max_blocking_threads(1).build().unwrap().block_on(work);
-}
-
-async fn put_prepared(backend: &LocalBackend) -> Result<(), StoreError> {
-    backend.put_new(&Key::new("a/first"), &body(1)).await.unwrap();
-    prepare_now(backend, "a").await;
-    backend.put_new(&Key::new("a/object"), &body(4000)).await
-}
-
-#[test]
-#[ignore = "a child process of `killed_at_each_step_a_prepared_put_is_whole_or_absent`"]
-fn child_that_puts_prepared() {
-    let Some(backend) = child_backend() else { return };
-    on_one_thread(async { put_prepared(&backend).await.unwrap() });
-    drop(backend);
-    child_done();
-}
-
-/// As the kill matrix above, where the file was made ahead. Of each call, the first put and the making come first.
-#[tokio::test]
-async fn killed_at_each_step_a_prepared_put_is_whole_or_absent() {
-    let made = prepared::BATCH as u32;
-    let steps = [
-        ("flock", 1 + made + 1, false),
-        ("writev", 2, false),
-        ("ftruncate", 1, false),
-        ("fsync", 3 + made + 1, false), // the file
-        ("renameat2", 2, false),
-        ("fsync", 3 + made + 2, true), // its directory
-    ];
-    for (call, nth, there) in steps {
-        let (directory, _) = scratch();
-        let inject = format!("{call}:signal=KILL:when={nth}");
-        let Some(status) = child_with_calls("child_that_puts_prepared", directory.path(), &[&inject]) else { return };
-        assert!(!status.success() && !directory.path().join(CHILD_WAS_HERE).exists(), "{inject}: not killed");
-
-        let backend = LocalBackend::open(directory.path().to_path_buf());
-        let key = Key::new("a/object");
-        assert_eq!(backend.stat(&Key::new("a/first")).await.unwrap(), Some(1), "{inject}: killed too early");
-        assert_eq!(backend.stat(&key).await.unwrap(), there.then_some(4000), "{inject}");
-        match backend.put_new(&key, &body(4000)).await {
-            Ok(()) => assert!(!there, "{inject}: overwritten"),
-            Err(error) => assert!(there && error.is(StoreErrorKind::AlreadyExists), "{inject}: {error}"),
-        }
-        assert_eq!(backend.fetch(&key, 0..4000).await.unwrap(), body(4000)[0], "{inject}");
-        backend.clean_debris(Duration::ZERO).await.unwrap();
-        let objects = ["a/first", "a/object"].map(|name| directory.path().join(name));
-        assert_eq!(files(directory.path()), objects, "{inject}");
-    }
-}
-
-#[test]
-#[ignore = "a child process of `a_prepared_file_that_cannot_be_used_is_discarded`"]
-fn child_whose_prepared_put_fails() {
-    let Some(backend) = child_backend() else { return };
-    on_one_thread(async { assert_eq!(kind(put_prepared(&backend).await), StoreErrorKind::Unavailable) });
-    drop(backend);
-    child_done();
-}
-
-/// What fails before the sync leaves room for a new file; a failed sync is told, as always.
-#[test]
-fn a_prepared_file_that_cannot_be_used_is_discarded() {
-    let failed_sync = format!("fsync:error=EIO:when={}", 3 + prepared::BATCH + 1);
-    for (child, inject) in [
-        ("child_that_puts_prepared", "writev:error=EIO:when=2"),
-        ("child_that_puts_prepared", "ftruncate:error=EPERM:when=1"),
-        ("child_whose_prepared_put_fails", &failed_sync),
-    ] {
-        let (directory, _) = scratch();
-        if !child_with_failing_calls(child, directory.path(), &[inject]) {
-            return;
-        }
-        let mut expected = vec![directory.path().join("a/first"), directory.path().join("a/object")];
-        expected.truncate(if child == "child_that_puts_prepared" { 2 } else { 1 });
-        assert_eq!(files(directory.path()), expected, "{inject}");
-        if let Some(object) = expected.get(1) {
-            assert_eq!(std::fs::read(object).unwrap(), body(4000)[0], "{inject}");
-        }
     }
 }
