@@ -49,7 +49,7 @@ impl Between {
 
     /// Whether anything between the first and the last commit of a segment may lie in it. Commits are not in the
     /// order of their times, so what has no time of its own is shown rather than left out.
-    fn may_touch(&self, summary: &SegmentSummary) -> bool {
+    pub fn may_touch(&self, summary: &SegmentSummary) -> bool {
         let since = self.since.is_none_or(|since| summary.max_commit_time.is_none_or(|max| since <= max));
         let until = self.until.is_none_or(|until| summary.min_commit_time.is_none_or(|min| min <= until));
         since && until

@@ -75,7 +75,7 @@ async fn find(config: &ArchiveConfig, between: Between) -> Result<Answer, Failur
         let mut found = Vec::new();
         for (name, entry) in &sealed {
             found.extend(events::events(name.timeline, &entry.summary, between));
-            if entry.summary.truncated && continues(&entry.summary, between) {
+            if entry.summary.truncated && between.may_touch(&entry.summary) {
                 answer.unread.push(format!("segment {name} holds more events than its index entry could keep"));
             }
         }
@@ -112,12 +112,6 @@ fn unfinished(copies: &[Copy<'_>], sealed: &BTreeMap<SegmentName, &IndexEntry>) 
         }
     }
     last.into_values().collect()
-}
-
-/// Whether events that the list had no room for may lie in the time asked about.
-fn continues(summary: &SegmentSummary, between: Between) -> bool {
-    between.until.is_none_or(|until| summary.min_commit_time.is_none_or(|min| min <= until))
-        && between.since.is_none_or(|since| summary.max_commit_time.is_none_or(|max| since <= max))
 }
 
 /// Puts the tails together as `wal-get` would, and reads what their records say.

@@ -61,11 +61,7 @@ struct ShownUnread {
 }
 
 pub fn run(global: &Global, args: &GapsArgs) -> Result<Verdict, Failure> {
-    let archives = setup::archives(global)?;
-    let chosen = match &global.cluster {
-        Some(name) => vec![ArchiveConfig::choose(&archives, Some(name))?.clone()],
-        None => archives,
-    };
+    let chosen = setup::chosen_archives(global)?;
     let answer = setup::block_on(find(&chosen))??;
     if let Some(path) = &args.html {
         std::fs::write(path, page(&answer)).map_err(|error| {

@@ -23,11 +23,7 @@ struct Answer {
 }
 
 pub fn run(global: &Global, args: &ListArgs) -> Result<Verdict, Failure> {
-    let archives = setup::archives(global)?;
-    let chosen = match &global.cluster {
-        Some(name) => vec![ArchiveConfig::choose(&archives, Some(name))?.clone()],
-        None => archives,
-    };
+    let chosen = setup::chosen_archives(global)?;
     let mut answer = setup::block_on(find(&chosen))??;
     answer.backups.retain(|entry| args.all || entry.status != BackupStatus::Failed);
     match global.json {

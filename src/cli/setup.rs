@@ -96,6 +96,15 @@ pub fn config_path(global: &Global) -> Result<Option<std::path::PathBuf>, Failur
     Ok(crate::config::file_path(sources)?)
 }
 
+/// The archives a verb is about: the cluster's that is named, or all.
+pub fn chosen_archives(global: &Global) -> Result<Vec<ArchiveConfig>, Failure> {
+    let archives = archives(global)?;
+    Ok(match &global.cluster {
+        Some(name) => vec![ArchiveConfig::choose(&archives, Some(name))?.clone()],
+        None => archives,
+    })
+}
+
 pub fn backend(repository: &RepositoryConfig) -> Arc<dyn Backend> {
     Stores::default().backend(repository)
 }

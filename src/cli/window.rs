@@ -71,11 +71,7 @@ struct ShownUnread {
 }
 
 pub fn run(global: &Global, _args: &WindowArgs) -> Result<Verdict, Failure> {
-    let archives = setup::archives(global)?;
-    let chosen = match &global.cluster {
-        Some(name) => vec![ArchiveConfig::choose(&archives, Some(name))?.clone()],
-        None => archives,
-    };
+    let chosen = setup::chosen_archives(global)?;
     let answer = setup::block_on(find(&chosen))??;
     match global.json {
         true => output::json(&answer),

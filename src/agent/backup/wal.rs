@@ -41,7 +41,8 @@ enum Held {
     Hole(Lsn),
 }
 
-/// Waits until `place` holds all of it; then: the time of the last commit known in it. What the agent publishes (`status`) makes that quicker and is not relied upon.
+/// Waits until `place` holds all of it; then: the time of the last commit known in it. What the agent publishes (`status`)
+/// makes that quicker and is not relied upon.
 pub async fn wait(
     place: &Place,
     needed: Needed,
