@@ -15,10 +15,18 @@ pub enum FactKind {
     Fork,
     Conflict,
     CorruptAtSource,
+    /// `expire` deletes these segments: readers act as if they were gone already.
     Expired,
+    /// An announcement of that kind is taken back: nothing of it was deleted. It names the other in its details.
+    ExpiredWithdrawn,
     BackupFailed,
     Drill,
+    /// A run of `verify`, or a part of one.
     Verify,
+    /// An object does not hold what it promised, or is not there: `segments` names a segment, the details a backup.
+    Damaged,
+    /// What was damaged is whole again.
+    Mended,
     /// Written by a newer seawall: kept and shown, never acted on.
     #[serde(other)]
     Unknown,
@@ -34,15 +42,24 @@ impl FactKind {
             FactKind::Conflict => "conflict",
             FactKind::CorruptAtSource => "corrupt-at-source",
             FactKind::Expired => "expired",
+            FactKind::ExpiredWithdrawn => "expired-withdrawn",
             FactKind::BackupFailed => "backup-failed",
             FactKind::Drill => "drill",
             FactKind::Verify => "verify",
+            FactKind::Damaged => "damaged",
+            FactKind::Mended => "mended",
             FactKind::Unknown => "unknown",
         }
     }
 }
 
-/// In the details of a `backup-failed` fact: which one, and how far it had come.
+/// In the details of an `expired` fact and of the one that withdraws it: which announcement, hexadecimal.
+pub const ANNOUNCEMENT: &str = "announcement";
+/// In the details of a `damaged` or `mended` fact: which object (its key below the lineage), where it is one of a backup
+/// which backup, and what is wrong.
+pub const OBJECT: &str = "object";
+pub const FAULT: &str = "fault";
+/// In the details of facts about a backup: which one, and how far it had come.
 pub const BACKUP_ID: &str = "backup";
 pub const BACKUP_PHASE: &str = "phase";
 
@@ -141,7 +158,20 @@ mod tests {
     #[test]
     fn words_and_json_agree_but_for_the_hyphen() {
         use FactKind::*;
-        for kind in [Gap, GapHealed, Fork, Conflict, CorruptAtSource, Expired, BackupFailed, Drill, Verify] {
+        for kind in [
+            Gap,
+            GapHealed,
+            Fork,
+            Conflict,
+            CorruptAtSource,
+            Expired,
+            ExpiredWithdrawn,
+            BackupFailed,
+            Drill,
+            Verify,
+            Damaged,
+            Mended,
+        ] {
             let json = serde_json::to_value(kind).unwrap();
             assert_eq!(json.as_str().unwrap().replace('_', "-"), kind.word());
         }
