@@ -16,6 +16,7 @@ mod keys;
 mod list;
 mod output;
 mod pin;
+mod progress;
 mod repositories;
 mod restorable;
 mod restore;
