@@ -7,7 +7,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -540,7 +539,7 @@ fn a_source_that_dies_leaves_no_backup(major: u32) {
     let server = Server::builder(major).start();
     server.pgbench_init(3);
     let mut taking = Taking::of(&server);
-    taking.options.max_rate_kib = Some(4096);
+    taking.options.max_rate_kib = Some(256); // it never gets to the end
     // Without its checkpointer a postmaster ends every session, at once.
     let pid = server.value("select pid from pg_stat_activity where backend_type = 'checkpointer'");
     let pid = pid.parse().ok().and_then(Pid::from_raw).expect("a process id");
@@ -586,7 +585,7 @@ fn a_stopped_backup_ends_soon_and_does_not_exist() {
     let server = Server::builder(major).start();
     server.pgbench_init(3);
     let mut taking = Taking::of(&server);
-    taking.options.max_rate_kib = Some(2048);
+    taking.options.max_rate_kib = Some(64); // by itself it would take a quarter of an hour
     let report = run(async {
         let (progress, mut watched) = watch::channel(BackupProgress::default());
         let stop = CancellationToken::new();
@@ -595,7 +594,7 @@ fn a_stopped_backup_ends_soon_and_does_not_exist() {
             until_copying(&mut watched).await;
             stop.cancel();
         };
-        tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(taken, stopping).0 }).await.expect("soon")
+        tokio::time::timeout(PATIENCE, async { tokio::join!(taken, stopping).0 }).await.expect("soon")
     });
     let id = report.id.expect("it had begun");
     taking.assert_not_there(id);
@@ -606,18 +605,19 @@ fn a_stopped_backup_ends_soon_and_does_not_exist() {
 on_every_major!(a_standby_promoted_meanwhile_fails_the_backup);
 fn a_standby_promoted_meanwhile_fails_the_backup(major: u32) {
     let primary = Server::builder(major).start();
-    primary.pgbench_init(3);
     let mut standby = Server::standby_of(&primary).start();
     standby.wait_replayed(primary.flush_lsn());
     let conninfo = standby.conninfo();
     let promote = move || {
         let mut psql = Installation::newest_with("psql").command("psql");
-        psql.args(["-XAtq", "-d", &conninfo, "-c", "select pg_promote(true, 60)"]);
+        psql.args(["-XAtq", "-d", &conninfo, "-c", "select pg_promote(true, 300)"]);
         process::run_ok(&mut psql, PATIENCE);
     };
     let report = {
         let mut taking = Taking::of(&standby);
-        taking.options.max_rate_kib = Some(8192);
+        // A new cluster has some 20 MiB in files of less than one: it takes minutes to send them all, and before each
+        // one the server looks whether it has been promoted.
+        taking.options.max_rate_kib = Some(192);
         run(async {
             let (progress, mut watched) = watch::channel(BackupProgress::default());
             let stop = CancellationToken::new();

@@ -13,7 +13,7 @@ use crate::support::agent::{self, Agent, Signal};
 use crate::support::postgres::{self, Server};
 use crate::support::process::{self, Scratch, ServiceUser};
 
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = process::DEADLINE;
 
 /// What a command printed and ended with.
 #[derive(Debug)]
@@ -242,7 +242,8 @@ const HBA: &str = "host replication seawall 127.0.0.1/32 scram-sha-256\n\
 
 impl Place {
     fn new() -> Option<Place> {
-        let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).hba(HBA).start();
+        let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).setting("wal_keep_size", "64MB");
+        let server = server.hba(HBA).start();
         server.sql("create role seawall login replication password 'right'");
         server.sql("create role plain login");
         Some(Place { server, scratch: Scratch::new() })

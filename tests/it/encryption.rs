@@ -24,7 +24,7 @@ use crate::support::rig::PATIENCE;
 
 on_every_major!(an_encrypted_archive_holds_the_servers_bytes_and_keys_can_change);
 fn an_encrypted_archive_holds_the_servers_bytes_and_keys_can_change(major: u32) {
-    let server = Server::builder(major).wal_segment_mib(1).start();
+    let server = Server::builder(major).wal_segment_mib(1).setting("wal_keep_size", "256MB").start();
     create_journal(&server);
     let archive = Archived::of(&server);
     let write = |text: &str| {

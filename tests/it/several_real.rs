@@ -24,13 +24,13 @@ use crate::support::process::{self, Scratch, eventually};
 use crate::support::rig::{self, wait_for};
 use crate::support::s3::{self, S3Server};
 
-/// For whatever an agent does by itself; far more than it takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+/// For whatever an agent does by itself.
+const PATIENCE: Duration = process::DEADLINE;
 /// Small, so that a repository that is away is left behind soon.
 const MEMORY_BYTES: u64 = 8 << 20;
 
 fn server(major: u32) -> Builder {
-    Server::builder(major).wal_segment_mib(1).setting("wal_sender_timeout", "5s")
+    Server::builder(major).wal_segment_mib(1).setting("wal_sender_timeout", "30s")
 }
 
 /// It keeps the WAL that archives are compared with.

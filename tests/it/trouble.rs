@@ -8,13 +8,13 @@ use std::time::Duration;
 use seawall::continuity::{self, GapState};
 use seawall::wal::Lsn;
 
-use crate::support::archived::{Archived, create_journal, note, notes};
+use crate::support::archived::{Archived, create_journal, note, notes, released_slot};
 use crate::support::postgres::{self, Server, Stop};
 use crate::support::process;
 
-const AGENT_DEADLINE: Duration = Duration::from_secs(60);
+const AGENT_DEADLINE: Duration = process::DEADLINE;
 /// The grace is 3 s here; the promise is that a stop does not hang for ever.
-const STOP_PATIENCE: Duration = Duration::from_secs(30);
+const STOP_PATIENCE: Duration = process::DEADLINE;
 
 /// Closes or opens the repository for the agent: it is the service user, whom a mode binds.
 fn set_mode(archive: &Archived, mode: u32) {
@@ -92,6 +92,7 @@ fn a_gap_is_named_and_stops_a_recovery() {
     archive.wait_acknowledged(&server);
     agent.kill9();
     let held = archive.durable(1);
+    released_slot(&server);
     server.sql("select pg_drop_replication_slot('seawall')");
     for _ in 0..8 {
         note(&server, "in the gap");
