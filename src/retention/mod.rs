@@ -1,7 +1,8 @@
 //! Retention: what stays in a repository, what goes, and why.
 //!
-//! Owns: the rules ([`policy`]), what one repository holds of one lineage ([`inventory`]), how old anything in it is
-//! ([`calendar`]), what needs what ([`needs`]), and the verdict on every object ([`plan`]); proto-notes/10-retention.md.
+//! Owns: the rules ([`policy`]), what one repository holds of one lineage ([`inventory`]) and what that means (`survey`), how
+//! old anything in it is ([`calendar`]), what needs what (`needs`), and the verdict on every object ([`mod@plan`]);
+//! proto-notes/10-retention.md.
 //! Does not own: reading a repository (`catalog/store`), carrying a plan out (`apply`), when that is done (`agent`).
 //!
 //! Everything but `apply` is pure: a plan follows from an inventory, a policy and the time of day alone, and every rule is
@@ -17,12 +18,15 @@
 //! * `wal` begins at the newest kept backup that is consistent at or before it, so that WAL younger than it is of use.
 //! * Ages are counted on the archive's own calendar (`calendar.rs`): a clock that jumped makes nothing old.
 
+pub mod calendar;
 pub mod inventory;
+mod needs;
 pub mod plan;
 pub mod policy;
+mod survey;
 
 pub use inventory::{
     Announcement, Completed, Debris, DebrisKind, HeldBackup, HeldIndex, HeldPin, HeldSegment, Inventory,
 };
-pub use plan::{BackupVerdict, DebrisVerdict, Fate, IndexVerdict, Plan, Standing, WalVerdict, plan};
+pub use plan::{BackupVerdict, Fate, IndexVerdict, Outcome, Plan, Standing, WalVerdict, plan};
 pub use policy::{Ages, Gfs, Policy};
