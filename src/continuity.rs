@@ -10,7 +10,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::catalog::contents::segment_span;
-use crate::catalog::{Catalog, FactKind, Holdings, LedgerFact, Piece, Source};
+use crate::catalog::union::{Holdings, Part, Span};
+use crate::catalog::{Catalog, FactKind, LedgerFact};
 use crate::wal::{History, Lsn, Proof, SegmentSize, TimelineId};
 
 /// Contiguous bytes [from, to) of one timeline, every one of them in an object.
@@ -27,17 +28,19 @@ pub struct Run {
     pub proof: Proof,
 }
 
-/// The runs of one timeline, from its pieces in any order. Pieces may overlap: no byte is counted that is in none.
-pub fn runs(timeline: TimelineId, mut pieces: Vec<Piece>) -> Vec<Run> {
-    pieces.sort_by_key(|piece| (piece.from, piece.to));
+/// The runs of one timeline, from pieces or longer spans in any order. They may overlap: no byte is counted that is in
+/// none.
+pub fn runs(timeline: TimelineId, spans: impl IntoIterator<Item: Into<Span>>) -> Vec<Run> {
+    let mut spans: Vec<Span> = spans.into_iter().map(Into::into).filter(|span| span.from < span.to).collect();
+    spans.sort_by_key(|span| (span.from, span.to));
     let mut runs: Vec<Run> = Vec::new();
-    for piece in pieces.into_iter().filter(|piece| piece.from < piece.to) {
+    for span in spans {
         match runs.last_mut() {
-            Some(run) if piece.from <= run.to => extend(run, &piece),
+            Some(run) if span.from <= run.to => extend(run, &span),
             _ => {
-                let (from, last_commit) = (piece.from, None);
+                let (from, last_commit) = (span.from, None);
                 let mut run = Run { timeline, from, to: from, sealed_to: from, last_commit, proof: Proof::Proven };
-                extend(&mut run, &piece);
+                extend(&mut run, &span);
                 runs.push(run);
             }
         }
@@ -45,15 +48,15 @@ pub fn runs(timeline: TimelineId, mut pieces: Vec<Piece>) -> Vec<Run> {
     runs
 }
 
-fn extend(run: &mut Run, piece: &Piece) {
-    if piece.to > run.to {
-        run.to = piece.to;
-        run.last_commit = piece.last_commit.or(run.last_commit);
+fn extend(run: &mut Run, span: &Span) {
+    if span.to > run.to {
+        run.to = span.to;
+        run.last_commit = span.last_commit.or(run.last_commit);
     }
-    if let Source::Sealed(_) = piece.source {
-        run.sealed_to = run.sealed_to.max(piece.to);
+    if span.is_sealed {
+        run.sealed_to = run.sealed_to.max(span.to);
     }
-    if piece.proof == Proof::Unproven {
+    if span.proof == Proof::Unproven {
         run.proof = Proof::Unproven;
     }
 }
@@ -182,7 +185,7 @@ pub fn gaps_of(held: &Holdings) -> Vec<Gap> {
     let size = held.segment_size;
     let runs = all_runs(held);
     let start_timeline = held.start_timeline;
-    let path = latest_path(&held.histories, held.pieces.keys().copied(), start_timeline);
+    let path = latest_path(&held.histories, held.parts.keys().copied(), start_timeline);
     let mut holes: BTreeSet<Hole> = BTreeSet::new();
     if let Some(path) = &path {
         let start = held.start_lsn.filter(|_| path.contains(start_timeline));
@@ -204,7 +207,7 @@ pub fn gaps_of(held: &Holdings) -> Vec<Gap> {
 
 /// The runs of every timeline, timelines in order.
 pub fn all_runs(held: &Holdings) -> Vec<Run> {
-    held.pieces.iter().flat_map(|(&timeline, pieces)| runs(timeline, pieces.clone())).collect()
+    held.parts.iter().flat_map(|(&timeline, parts)| runs(timeline, parts.iter().map(Part::span))).collect()
 }
 
 /// WAL [from, to) that one repository does not hold while others do.
@@ -226,7 +229,7 @@ impl Lack {
 /// the end of the newest timeline is no hole.
 pub fn lacks(all: &Holdings, one: &Holdings) -> Vec<Lack> {
     let own = all_runs(one);
-    let newest = all.pieces.keys().next_back().copied();
+    let newest = all.parts.keys().next_back().copied();
     let mut lacks = Vec::new();
     for run in all_runs(all) {
         let hole = Hole { timeline: run.timeline, from: run.from, to: run.to };
@@ -371,6 +374,7 @@ fn overlap(a: &Hole, b: &Hole) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::{Piece, Source};
     use crate::codec::Form;
     use crate::repository::layout::{Epoch, TailName};
     use proptest::prelude::*;
@@ -496,7 +500,7 @@ mod tests {
             let size = SegmentSize::new(8 * MIB).unwrap();
             let path = history(2, &format!("1\t0/{:X}\tx\n", fork * MIB));
             let of = |timeline: u32, raw: &[(u64, u64)]| {
-                let pieces = raw.iter().map(|(from, len)| piece(from * MIB, (from + len) * MIB)).collect();
+                let pieces = raw.iter().map(|(from, len)| piece(from * MIB, (from + len) * MIB));
                 runs(TimelineId(timeline), pieces)
             };
             let (parent, child) = (of(1, &parent), of(2, &child));

@@ -4,6 +4,7 @@
 //! A truncated, empty or foreign object is an error that names it, never "no data". Unknown names are left alone.
 
 mod backups;
+mod directories;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::contents::{Catalog, DirectoryContents, SegmentObject, TailObject, TimelineState, segment_span};
+use super::contents::{DirectoryContents, SegmentObject, TailObject, TimelineState};
 use super::damage::Damages;
 use super::index::{IndexEntry, IndexFile};
 use super::ledger::{Expired, FactKind, LedgerFact};
@@ -24,9 +25,10 @@ use crate::codec::Form;
 use crate::codec::decode::{DecodeError, ObjectDecoder};
 use crate::codec::encrypt::Keys;
 use crate::error::{Advice, Disposition, ExitCode};
-use crate::repository::layout::{self, Epoch, IndexName, Lineage, TailName, WalDirectory, WalObject};
+use crate::repository::layout::{self, Epoch, IndexName, Lineage, WalDirectory, WalObject};
 use crate::repository::{Backend, Entry, Key, StoreError, StoreErrorKind};
 use crate::wal::{History, HistoryError, SegmentName, SegmentSize, TimelineId};
+use directories::{add_object, tail_of, tails_of};
 
 /// A larger JSON object is refused unread.
 pub const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -403,60 +405,6 @@ impl Archive {
         self.directory_part(WalDirectory::of(name), size, concerns).await
     }
 
-    async fn directory_part(
-        &self,
-        directory: WalDirectory,
-        size: SegmentSize,
-        wanted: impl Fn(&WalObject) -> bool,
-    ) -> Result<DirectoryContents, CatalogError> {
-        for _ in 0..LISTINGS_MAX {
-            match self.directory_once(directory, size, &wanted).await {
-                Err(CatalogError::Store(error)) if error.is(StoreErrorKind::NotFound) => continue,
-                Ok(None) => continue,
-                Ok(Some(contents)) => return Ok(contents),
-                Err(error) => return Err(error),
-            }
-        }
-        let directory = place(self.backend(), &self.lineage.wal_directory(directory));
-        Err(CatalogError::Unsteady { directory, attempts: LISTINGS_MAX })
-    }
-
-    /// `None` when the tails of a segment vanished after the listing: it may have been sealed meanwhile.
-    async fn directory_once(
-        &self,
-        directory: WalDirectory,
-        size: SegmentSize,
-        wanted: &impl Fn(&WalObject) -> bool,
-    ) -> Result<Option<DirectoryContents>, CatalogError> {
-        let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
-        let mut contents = DirectoryContents::new(directory, size);
-        let mut open = Vec::new();
-        for entry in &listed {
-            match entry {
-                Entry::Object { name, bytes } => add_object(&mut contents, name, *bytes),
-                Entry::Directory(name) => open.extend(tails_of(&contents, name).filter(|object| wanted(object))),
-            }
-        }
-        for object in open {
-            let WalObject::Tails(name) = object else { continue };
-            let tails = self.tails(name, size).await?;
-            // A store may show a directory for a moment longer than its last object.
-            if tails.is_empty() && !contents.segments.contains_key(&name) {
-                if !self.segment_objects(name).await?.is_empty() {
-                    return Ok(None);
-                }
-                continue;
-            }
-            contents.tails.insert(name, tails);
-        }
-        let files = contents.index_files.iter().filter(|(name, _)| wanted(&WalObject::Index(*name)));
-        let files: Vec<(IndexName, u64)> = files.copied().collect();
-        for entry in self.index_entries(files, directory, size).await? {
-            contents.add_entry(entry);
-        }
-        Ok(Some(contents))
-    }
-
     /// Names in a directory that hold any object, sealed or tail, readable or not, in order, of those that are wanted.
     /// Listings only.
     pub async fn segment_names(
@@ -466,17 +414,15 @@ impl Archive {
         wanted: impl Fn(SegmentName) -> bool,
     ) -> Result<Vec<SegmentName>, CatalogError> {
         let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
-        let mut contents = DirectoryContents::new(directory, size);
+        let mut contents = DirectoryContents::<IndexEntry>::new(directory, size);
         let mut names = Vec::new();
         for entry in &listed {
             match entry {
                 Entry::Object { name, bytes } => add_object(&mut contents, name, *bytes),
                 Entry::Directory(name) => {
-                    for object in tails_of(&contents, name) {
-                        let WalObject::Tails(name) = object else { continue };
-                        if wanted(name) && !self.tails(name, size).await?.is_empty() {
-                            names.push(name);
-                        }
+                    let Some(WalObject::Tails(name)) = tails_of(directory, name) else { continue };
+                    if wanted(name) && !self.tails(name, size).await?.is_empty() {
+                        names.push(name);
                     }
                 }
             }
@@ -489,40 +435,8 @@ impl Archive {
 
     /// The tails of one segment as listed; those whose range lies outside the segment are left out.
     pub async fn tails(&self, name: SegmentName, size: SegmentSize) -> Result<Vec<TailObject>, CatalogError> {
-        let Some(span) = segment_span(name, size) else { return Ok(Vec::new()) };
         let listed = self.backend.list(Some(&self.lineage.tail_directory(name))).await?;
-        let parse =
-            |(text, bytes): (&str, u64)| TailName::parse(text).map(|name| TailObject { name, stored_bytes: bytes });
-        let inside = |tail: &TailObject| span.start <= tail.name.from && tail.name.to <= span.end;
-        Ok(objects(&listed).filter_map(parse).filter(inside).collect())
-    }
-
-    async fn index_entries(
-        &self,
-        files: Vec<(IndexName, u64)>,
-        directory: WalDirectory,
-        size: SegmentSize,
-    ) -> Result<Vec<IndexEntry>, CatalogError> {
-        let read =
-            stream::iter(files).map(|(name, bytes)| async move { self.index_file(name, bytes, directory, size).await });
-        let files: Vec<IndexFile> = read.buffered(FETCHES).try_collect().await?;
-        Ok(files.into_iter().flat_map(|file| file.entries).collect())
-    }
-
-    async fn index_file(
-        &self,
-        name: IndexName,
-        bytes: u64,
-        directory: WalDirectory,
-        size: SegmentSize,
-    ) -> Result<IndexFile, CatalogError> {
-        let key = self.lineage.index(name);
-        let body = fetch_sized(self.backend(), &key, bytes, JSON_BYTES_MAX).await?;
-        let file: IndexFile = parse_json(self.backend(), &key, &body)?;
-        match index_fault(&file, name, directory, size) {
-            Some(fault) => Err(CatalogError::Damaged { object: place(self.backend(), &key), fault }),
-            None => Ok(file),
-        }
+        Ok(objects(&listed).filter_map(|(text, bytes)| tail_of(name, text, bytes, size)).collect())
     }
 
     /// One index file, by its name.
@@ -533,7 +447,8 @@ impl Archive {
             .stat(&key)
             .await?
             .ok_or_else(|| CatalogError::Missing { object: place(self.backend(), &key) })?;
-        self.index_file(name, bytes, WalDirectory::of(name.first), size).await
+        let body = self.index_body(name, bytes).await?;
+        body.parse::<IndexEntry>(WalDirectory::of(name.first), size)
     }
 
     /// The objects of a segment under its two names: one at most, unless somebody else has been there.
@@ -619,24 +534,6 @@ impl Archive {
         put_json_new(self.backend(), &key, fact).await
     }
 
-    /// The whole lineage, without what is expired or damaged.
-    pub async fn load_catalog(&self) -> Result<Catalog, CatalogError> {
-        let file = self.lineage_file().await?;
-        // The ledger first: an expiry is announced before anything vanishes.
-        let ledger = self.ledger().await?;
-        let (expired, damages) = (Expired::of(&ledger), Damages::of(&ledger));
-        let (histories, directories) = self.wal_listing().await?;
-        let mut timelines: BTreeMap<TimelineId, Vec<DirectoryContents>> = BTreeMap::new();
-        for directory in directories {
-            let mut contents = self.directory(directory, file.segment_size).await?;
-            contents.subtract(&expired);
-            contents.mark(&damages);
-            timelines.entry(directory.timeline).or_default().push(contents);
-        }
-        let histories = self.read_histories(histories).await?;
-        Ok(Catalog { lineage: self.lineage.clone(), file, histories, timelines, ledger })
-    }
-
     /// All directories of one timeline, in order, without what is expired.
     pub async fn timeline(
         &self,
@@ -671,63 +568,6 @@ impl Archive {
         }
         Ok(TimelineState::of(timeline, &read))
     }
-}
-
-fn tails_of(contents: &DirectoryContents, name: &str) -> impl Iterator<Item = WalObject> + use<> {
-    let belongs = |object: &WalObject| matches!(object, WalObject::Tails(segment) if WalDirectory::of(*segment) == contents.directory);
-    WalObject::parse(name).filter(belongs).into_iter()
-}
-
-fn add_object(contents: &mut DirectoryContents, name: &str, bytes: u64) {
-    let Some(object) = WalObject::parse(name) else { return };
-    let (WalObject::Segment(segment, _)
-    | WalObject::Conflict(segment, ..)
-    | WalObject::Repair(segment, ..)
-    | WalObject::RawMarker(segment, _)
-    | WalObject::Tails(segment)
-    | WalObject::Index(IndexName { first: segment, .. })) = object;
-    let fits = segment_span(segment, contents.segment_size).is_some();
-    if !fits || WalDirectory::of(segment) != contents.directory {
-        return;
-    }
-    let stored = |form: Form| SegmentObject { form, stored_bytes: bytes };
-    match object {
-        WalObject::Segment(segment, form) => contents.segments.entry(segment).or_default().push(stored(form)),
-        WalObject::Index(index) => contents.index_files.push((index, bytes)),
-        WalObject::Conflict(segment, crc, form) => {
-            contents.conflicts.entry(segment).or_default().push((crc, stored(form)));
-        }
-        WalObject::Repair(segment, crc, form) => {
-            contents.repairs.entry(segment).or_default().push((crc, stored(form)));
-        }
-        WalObject::RawMarker(segment, crc) => contents.raw_markers.entry(segment).or_default().push(crc),
-        WalObject::Tails(_) => {} // an object by a directory's name
-    }
-}
-
-/// Why an index file does not describe the segments its name and place promise.
-fn index_fault(file: &IndexFile, name: IndexName, directory: WalDirectory, size: SegmentSize) -> Option<String> {
-    if file.schema != SCHEMA {
-        return Some(format!("it has schema {}, expected {SCHEMA}", file.schema));
-    }
-    if file.segment_size != size {
-        let (found, expected) = (file.segment_size.bytes(), size.bytes());
-        return Some(format!("it describes segments of {found} bytes, the lineage has {expected}"));
-    }
-    let fits = |entry: &IndexEntry| {
-        let span = segment_span(entry.segment, size);
-        WalDirectory::of(entry.segment) == directory
-            && (name.first..=name.last).contains(&entry.segment)
-            && span == Some(entry.start_lsn..entry.end_lsn)
-            && entry.raw_bytes == size.bytes()
-            // A writer goes on from there: beyond the segment it would be called durable without being proven.
-            && [entry.summary.record_end, entry.summary.carry.record_end].iter().flatten().all(|end| *end <= entry.end_lsn)
-    };
-    if file.entries.is_empty() {
-        return Some("it has no entries".to_string());
-    }
-    let stranger = file.entries.iter().find(|entry| !fits(entry))?;
-    Some(format!("its entry for {} does not fit the segment's name or the file's", stranger.segment))
 }
 
 fn objects(listed: &[Entry]) -> impl Iterator<Item = (&str, u64)> {

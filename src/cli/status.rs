@@ -272,7 +272,7 @@ async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: 
     match repositories::union(&lineage, &copies) {
         Ok(all) => {
             add_union(status, &all, &copies, required);
-            add_window(status, &all, &copies, &backups);
+            add_window(status, &all, &backups);
         }
         Err(failure) => status.finding(Health::Failing, failure.message),
     }
@@ -317,8 +317,8 @@ async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Linea
 }
 
 /// Which instants could be restored now.
-fn add_window(status: &mut ClusterStatus, all: &Holdings, copies: &[Copy<'_>], backups: &[KnownBackup]) {
-    let newest = Reach::new(all, copies.iter().map(|copy| &copy.catalog).collect(), backups).newest_interval();
+fn add_window(status: &mut ClusterStatus, all: &Holdings, backups: &[KnownBackup]) {
+    let newest = Reach::new(all, backups).newest_interval();
     match &newest {
         None if backups.is_empty() => {}
         None => status.finding(Health::Failing, "no backup can be restored: WAL that it needs is missing"),
@@ -347,7 +347,7 @@ async fn window_in_repositories(cluster: &ClusterConfig, system_id: Option<Syste
 fn add_union(status: &mut ClusterStatus, all: &Holdings, copies: &[Copy<'_>], required: usize) {
     let system_id = copies[0].catalog.lineage.system_id;
     status.system_id.get_or_insert_with(|| system_id.to_string());
-    let newest = all.pieces.keys().next_back().copied().unwrap_or(all.start_timeline);
+    let newest = all.parts.keys().next_back().copied().unwrap_or(all.start_timeline);
     status.timeline.get_or_insert(newest.0);
     let frontier_of = |held: &Holdings| continuity::all_runs(held).pop();
     let furthest = frontier_of(all);
@@ -406,17 +406,17 @@ fn bytes_behind(frontier: Option<&Run>, furthest: Option<&Run>) -> u64 {
 }
 
 fn conflicts(all: &Holdings, copies: &[Copy<'_>]) -> usize {
-    let directories = copies.iter().flat_map(|copy| copy.catalog.timelines.values().flatten());
+    let directories = copies.iter().flat_map(|copy| copy.catalog.directories());
     let mut names = all.disputed.clone();
-    names.extend(directories.flat_map(|directory| directory.conflicts.keys().copied()));
+    names.extend(directories.flat_map(|directory| directory.conflicts.iter().copied()));
     names.len()
 }
 
 /// The newest segment is of a WAL format this program cannot read: stored, but not checked.
 fn is_unproven(catalog: &Catalog) -> bool {
     let newest = catalog.timelines.values().next_back().into_iter().flatten();
-    let entry = newest.filter_map(|directory| directory.entries.values().next_back()).next_back();
-    entry.is_some_and(|entry| entry.summary.proof == Proof::Unproven)
+    let digest = newest.filter_map(|directory| directory.indexed().max_by_key(|digest| digest.segment)).next_back();
+    digest.is_some_and(|digest| digest.proof == Proof::Unproven)
 }
 
 /// What would be lost if the server burned now: everything since the last durable commit, or nothing.

@@ -192,8 +192,8 @@ impl NextSegment {
     }
 
     async fn entry(&self) -> IndexEntry {
-        let catalog = self.archive.load_catalog().await.expect("the catalog is readable");
-        let directories = &catalog.timelines[&TimelineId(1)];
+        let size = self.archive.lineage_file().await.expect("the lineage is readable").segment_size;
+        let directories = self.archive.timeline(TimelineId(1), size).await.expect("the catalog is readable");
         directories.iter().find_map(|directory| directory.sealed(self.name)).expect("it is indexed").clone()
     }
 

@@ -46,7 +46,8 @@ fn switches(server: &Server, count: usize) {
 /// The sealed segments of timeline 1 in an archive, and the server's own bytes of them.
 fn sealed(archive: &Archived, server: &Server) -> BTreeMap<String, Vec<u8>> {
     let catalog = archive.catalog();
-    let names = catalog.timelines[&TimelineId(1)].iter().flat_map(|directory| directory.entries.keys());
+    let names =
+        catalog.timelines[&TimelineId(1)].iter().flat_map(|directory| directory.indexed().map(|digest| digest.segment));
     let files =
         names.filter_map(|name| Some((name.to_string(), fs::read(server.wal_dir().join(name.to_string())).ok()?)));
     files.collect()
