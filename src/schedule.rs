@@ -12,9 +12,9 @@
 //! # A clock that jumps
 //!
 //! Forward, and a time has passed: one run. Backward, and the last run lies in what is to come: were that believed,
-//! nothing would run until the clock is there again. So a run that ended later than now does not count by the clock, but
-//! by how long ago this process saw it end, on a clock that does not jump; if it did not see it, not at all, which costs
-//! one run too many at most.
+//! nothing would run until the clock is there again. But it ended before this process saw it, or before it began: how long
+//! ago that was is measured on a clock that does not jump, and a run cannot have ended later than that. One that ended
+//! after this process began, and was there before it, does not count: which costs one run too many at most.
 
 mod line;
 
@@ -28,7 +28,7 @@ pub use line::{CronLine, LINE_EXAMPLE, Line, LineError};
 use crate::units::show_size;
 use crate::wal::Lsn;
 
-/// Two hosts' clocks, or one that is set right, are that far apart without having jumped.
+/// Two hosts' clocks are that far apart without one of them having jumped.
 const CLOCKS_APART: SignedDuration = SignedDuration::from_mins(10);
 /// What is later than that was missed, not merely begun a moment after its time.
 const LATE: SignedDuration = SignedDuration::from_mins(5);
@@ -61,7 +61,9 @@ pub struct Moment {
     pub now: Timestamp,
     /// From when on the line counts where nothing has run yet.
     pub since: Timestamp,
-    /// For how long this process has known the line, on a clock that does not jump.
+    /// When this process began, by the clock as it was then.
+    pub began: Timestamp,
+    /// How long ago that was, on a clock that does not jump.
     pub up: Duration,
     /// Where WAL is; `None`: not known.
     pub lsn: Option<Lsn>,
@@ -88,7 +90,7 @@ impl Next {
 }
 
 /// A run in terms of today's clock.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Base {
     started: Timestamp,
     finished: Timestamp,
@@ -119,19 +121,19 @@ pub fn first_due<K>(nexts: &[(K, Next)]) -> Option<&(K, Next)> {
 /// The last run, or what stands for it.
 fn base(runs: &[Ran], moment: &Moment) -> Base {
     let ago = |duration: Duration| moment.now.checked_sub(duration).unwrap_or(Timestamp::MIN);
-    let is_believed = |time: Timestamp| time.duration_since(moment.now) <= CLOCKS_APART;
     let counted = runs.iter().filter_map(|run| {
-        if is_believed(run.finished) {
-            return Some(Base { started: run.started.min(run.finished), finished: run.finished });
-        }
-        let finished = ago(run.seen?);
+        let is_ahead = run.finished.duration_since(moment.began) > CLOCKS_APART;
+        let at_most = match run.seen {
+            Some(seen) => ago(seen),
+            None if is_ahead => return None,
+            None => ago(moment.up),
+        };
+        let finished = run.finished.min(at_most);
         let took = run.finished.duration_since(run.started).max(SignedDuration::ZERO);
-        // Of a run in which the clock jumped, its length is not known either.
-        let started = finished.checked_sub(took).unwrap_or(finished).max(ago(moment.up)).min(finished);
-        Some(Base { started, finished })
+        Some(Base { started: finished.checked_sub(took).unwrap_or(finished), finished })
     });
     counted.max_by_key(|base| base.finished).unwrap_or_else(|| {
-        let since = if is_believed(moment.since) { moment.since } else { ago(moment.up) };
+        let since = moment.since.min(ago(moment.up));
         Base { started: since, finished: since }
     })
 }

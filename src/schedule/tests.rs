@@ -29,7 +29,7 @@ fn ran(started: &str, finished: &str) -> Ran {
 }
 
 fn moment(now: &str) -> Moment {
-    Moment { now: at(now), since: at(now), up: Duration::ZERO, lsn: None }
+    Moment { now: at(now), since: at(now), began: at(now), up: Duration::ZERO, lsn: None }
 }
 
 fn firings(text: &str, zone_name: &str, from: &str, count: usize) -> Vec<String> {
@@ -202,21 +202,27 @@ fn a_clock_that_jumps_back_brings_neither_silence_nor_a_storm() {
     // Taken while the clock was a year ahead.
     let ahead = ran("2027-11-22T00:00:00Z", "2027-11-22T01:00:00Z");
     let before = ran("2026-11-15T02:00:00Z", "2026-11-15T03:00:00Z");
-    let now = Moment { up: 40 * DAY, ..moment("2026-11-20T00:00:00Z") };
+    let now = Moment { began: at("2026-11-19T23:00:00Z"), up: HOUR, ..moment("2026-11-20T00:00:00Z") };
     let sunday = Some(at("2026-11-22T02:00:00Z"));
     assert_eq!(next(&weekly, &timing(), &[before, ahead], &now).at, sunday, "one nobody saw end does not count");
+    // The process saw it end, an hour ago, nine days ago.
     let seen = Ran { seen: Some(HOUR), ..ahead };
     assert_eq!(next(&weekly, &timing(), &[before, seen], &now).at, sunday);
-    let seen_before = Ran { seen: Some(20 * DAY), ..ahead };
-    assert!(!next(&weekly, &timing(), &[before, seen_before], &now).is_due);
-    // A whole archive that lies in what is to come: within one interval of when it was seen.
-    assert_eq!(next(&weekly, &timing(), &[seen], &now).at, sunday);
-    assert!(next(&weekly, &timing(), &[Ran { seen: Some(8 * DAY), ..ahead }], &now).is_due);
+    assert_eq!(next(&weekly, &timing(), &[seen], &now).at, sunday, "a whole archive that lies in what is to come");
+    assert!(next(&weekly, &timing(), &[Ran { seen: Some(9 * DAY), ..ahead }], &now).is_due);
     let every = next(&line("every 6h"), &timing(), &[seen], &now);
     assert_eq!(every.at, Some(at("2026-11-20T04:00:00Z")), "begun two hours ago");
+    // It was there when the process began, and then the clock jumped back.
+    let jumped = Moment { began: at("2027-11-23T00:00:00Z"), up: 3 * DAY, ..moment("2026-11-20T00:00:00Z") };
+    assert_eq!(next(&weekly, &timing(), &[ahead], &jumped).at, sunday);
+    let later = Moment { up: 6 * DAY, now: at("2026-11-23T00:00:00Z"), ..jumped };
+    assert!(next(&weekly, &timing(), &[ahead], &later).is_due);
     // Two clocks that are not quite the same.
-    let close = ran("2026-11-20T00:00:00Z", "2026-11-20T00:00:05Z");
-    assert_eq!(next(&line("every 6h"), &timing(), &[close], &now).at, Some(at("2026-11-20T06:00:00Z")));
+    let close = ran("2026-11-19T23:00:00Z", "2026-11-20T00:00:05Z");
+    assert_eq!(
+        next(&line("every 6h"), &timing(), &[close], &moment("2026-11-20T00:00:00Z")).at,
+        Some(at("2026-11-20T04:59:55Z"))
+    );
 }
 
 #[test]
@@ -251,19 +257,22 @@ struct Agent {
     runs: Vec<(Ran, i64)>,
     /// The true time at which the process began.
     up_since: i64,
+    /// The same by the clock.
+    began: Timestamp,
     since: Timestamp,
 }
 
 impl Agent {
     fn new(line: Line, timing: Timing, since: Timestamp) -> Agent {
-        Agent { line, timing, runs: Vec::new(), up_since: 0, since }
+        Agent { line, timing, runs: Vec::new(), up_since: since.as_second(), began: since, since }
     }
 
     fn look(&self, true_now: i64, now: Timestamp) -> Next {
         let seconds = |seconds: i64| Duration::from_secs(seconds.unsigned_abs());
         let seen = |ended: i64| (ended >= self.up_since).then(|| seconds(true_now - ended));
         let runs: Vec<Ran> = self.runs.iter().map(|(run, ended)| Ran { seen: seen(*ended), ..*run }).collect();
-        let moment = Moment { now, since: self.since, up: seconds(true_now - self.up_since), lsn: None };
+        let moment =
+            Moment { now, since: self.since, began: self.began, up: seconds(true_now - self.up_since), lsn: None };
         next(&self.line, &self.timing, &runs, &moment)
     }
 }
@@ -383,6 +392,7 @@ proptest! {
         let text = if is_cron { "0 2 * * *" } else { "every 1d" };
         let begin = at("2026-11-22T11:00:00Z");
         let mut agent = Agent::new(line(text), timing(), begin);
+        agent.up_since = 0;
         // What the clock shows is `true_now + skew`.
         let (mut true_now, mut skew) = (0i64, 0i64);
         let (mut quiet_since, mut disturbances, mut runs) = (0i64, 0i64, 0i64);
@@ -393,7 +403,7 @@ proptest! {
                     (disturbances, quiet_since) = (disturbances + 1, true_now);
                 }
                 1 => {
-                    agent.up_since = true_now;
+                    (agent.up_since, agent.began) = (true_now, plus(begin, true_now + skew));
                     (disturbances, quiet_since) = (disturbances + 1, true_now);
                 }
                 _ => {}
