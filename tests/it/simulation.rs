@@ -125,7 +125,7 @@ impl Watchdog {
     fn over(replay: String) -> Watchdog {
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            let limit = Duration::from_secs(120);
+            let limit = Duration::from_secs(900);
             if waiting.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("a history stands still; {replay}");
                 std::process::exit(101);

@@ -114,6 +114,7 @@ fn move_back(rig: &Rig, away: &Path) {
 on_every_major!(a_stopping_server_is_let_go_while_nothing_is_read);
 fn a_stopping_server_is_let_go_while_nothing_is_read(major: u32) {
     let mut rig = rig(Server::builder(major).wal_segment_mib(1));
+    rig.settings.push_str("shutdown_grace = \"3s\"\n");
     let mut agent = working(&rig);
     let away = move_away(&rig);
     rig.write_much();

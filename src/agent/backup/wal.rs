@@ -16,7 +16,7 @@ use crate::error::{Disposition, ExitCode, Failure};
 use crate::wal::{Lsn, SegmentSize, TimelineId};
 
 /// Between two looks, at first and later: the end of a backup ends a segment, which the agent stores at once.
-const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(100);
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(25);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(2);
 /// An archive whose end has not moved for this long, although the server has written more, does not move.
 const STALL: Duration = Duration::from_secs(300);
