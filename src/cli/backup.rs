@@ -86,6 +86,7 @@ async fn take(
         purpose: "`seawall backup`".to_string(),
         patience: if args.wait { Patience::Wait } else { Patience::None },
         status: None,
+        decided_by: None,
     };
     let (progress, watching) = watch::channel(BackupProgress::default());
     let shown = Shown::new(global);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::backup::{BackupEntry, BackupRunning};
+use super::backup::{BackupEntry, BackupRunning, NextBackup};
 use super::status::{ClusterStatus, Health, RepositoryStatus, SlotStatus, State, size};
 use crate::receiver::Acknowledge;
 use crate::wal::{Lsn, SystemId, TimelineId};
@@ -139,6 +139,8 @@ pub struct BackupFacts {
     pub is_behind_gap: bool,
     /// Taken by this agent.
     pub running: Option<BackupRunning>,
+    /// Of the schedule; `None`: there is none, or nothing to go on from yet.
+    pub next: Option<NextBackup>,
     /// Of this agent, since it started.
     pub failures: u64,
     /// Why the last attempt came to nothing, until one succeeds.
@@ -304,6 +306,7 @@ impl ClusterFacts {
             },
             last_backup: self.backups.last.clone(),
             backup_running: self.backups.running.clone(),
+            next_backup: self.backups.next.clone(),
             window: None,
             gaps: self.gaps,
             health: Health::Ok,

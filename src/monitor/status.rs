@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::backup::{BackupEntry, BackupRunning};
+use super::backup::{BackupEntry, BackupRunning, NextBackup};
 use crate::receiver::Acknowledge;
 use crate::wal::Lsn;
 
@@ -41,6 +41,8 @@ pub struct ClusterStatus {
     pub last_backup: Option<BackupEntry>,
     /// Taken by the agent at this moment.
     pub backup_running: Option<BackupRunning>,
+    /// Of the schedule.
+    pub next_backup: Option<NextBackup>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     pub window: Option<Window>,
     /// Open ones.
@@ -182,11 +184,12 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or("nothing".to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}{}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}{}{}, open gaps {gaps}",
             self.name,
             self.health.word(),
             safe.unwrap_or_default(),
             self.last_backup.as_ref().map_or("none", |backup| &backup.id),
+            self.next_backup.as_ref().map_or(String::new(), |next| format!(", next {}", next.to_text())),
             self.window.map_or(String::new(), |window| format!(", restorable {window}")),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));

@@ -51,7 +51,9 @@ pub async fn wait(
     let mut reached = (Lsn::ZERO, Instant::now());
     let (mut is_first, mut is_interrupted, mut pause) = (true, false, LOOK_INTERVAL_MIN);
     loop {
-        match held(place, needed).await {
+        // A look that hangs is one at which nothing was there.
+        let looked = tokio::time::timeout(STALL, held(place, needed)).await;
+        match looked.unwrap_or(Ok(Held::UpTo(reached.0))) {
             Ok(Held::All(last_commit)) => return Ok(last_commit),
             // A repository that was away for a while has one until it is repaired.
             Ok(held @ (Held::Hole(end) | Held::UpTo(end))) => {
