@@ -142,7 +142,7 @@ fn wait_longer_than_the_server_waits(server: &Server) {
 
 #[test]
 fn a_backlog_goes_to_disk_and_the_connection_lives_on() {
-    const BACKLOG_MIB: u32 = 1536;
+    const BACKLOG_MIB: u32 = 1024;
     let Some(major) = postgres::newest_major() else { return };
     let builder = Server::builder(major).setting("wal_sender_timeout", WAL_SENDER_TIMEOUT);
     let server = builder.setting("max_wal_size", "4GB").start();
