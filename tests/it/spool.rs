@@ -2,6 +2,7 @@
 //! backlog costs disk, not memory and not the connection; what was acknowledged outlives the agent and the server.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -96,8 +97,12 @@ impl Spooled {
     fn set_mode(&self, mode: u32) {
         let mut open = vec![self.archive.path_of(&self.archive.archive().lineage.wal())];
         while let Some(directory) = open.pop() {
-            fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).expect("a mode can be set");
-            let entries = fs::read_dir(&directory).expect("root may list it").map(|entry| entry.unwrap().path());
+            match fs::set_permissions(&directory, fs::Permissions::from_mode(mode)) {
+                // A tail's directory goes with its tails.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                set => set.expect("a mode can be set"),
+            }
+            let entries = fs::read_dir(&directory).into_iter().flatten().flatten().map(|entry| entry.path());
             open.extend(entries.filter(|path| path.is_dir()));
         }
     }
