@@ -270,8 +270,8 @@ fn tree(directory: &Path) -> BTreeMap<PathBuf, (u64, u64, i64, i64, i64, i64)> {
     while let Some(path) = open.pop() {
         let Ok(data) = fs::symlink_metadata(&path) else { continue };
         if data.is_dir() {
-            let entries = fs::read_dir(&path).expect("a directory of ours can be listed");
-            open.extend(entries.map(|entry| entry.expect("it can be listed").path()));
+            // One that has just been removed holds nothing.
+            open.extend(fs::read_dir(&path).into_iter().flatten().flatten().map(|entry| entry.path()));
         }
         let times = (data.mtime(), data.mtime_nsec(), data.ctime(), data.ctime_nsec());
         found.insert(path, (data.ino(), data.size(), times.0, times.1, times.2, times.3));

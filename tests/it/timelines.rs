@@ -103,7 +103,7 @@ fn oldest_file(wal: &Path, prefix: &str) -> Option<SystemTime> {
 }
 
 fn oldest_below(directory: &Path) -> Option<SystemTime> {
-    let entries = fs::read_dir(directory).expect("it can be listed").map(|entry| entry.expect("it can be listed"));
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     let times = entries.filter_map(|entry| match entry.path() {
         path if path.is_dir() => oldest_below(&path),
         // A tail may have been replaced since it was listed.

@@ -2,6 +2,7 @@
 //! a recovery stops rather than end early.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
@@ -21,8 +22,12 @@ fn set_mode(archive: &Archived, mode: u32) {
     let wal = archive.path_of(&archive.archive().lineage.wal());
     let mut open = vec![wal];
     while let Some(directory) = open.pop() {
-        fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).expect("a mode can be set");
-        let entries = fs::read_dir(&directory).expect("root may list it").map(|entry| entry.expect("listed").path());
+        match fs::set_permissions(&directory, fs::Permissions::from_mode(mode)) {
+            // A tail's directory goes with its tails.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            set => set.expect("a mode can be set"),
+        }
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten().map(|entry| entry.path());
         open.extend(entries.filter(|path| path.is_dir()));
     }
 }
