@@ -8,6 +8,7 @@ pub mod backup;
 pub mod cluster;
 mod drain;
 mod known;
+pub mod mend;
 pub mod observer;
 pub mod opening;
 mod sentinel;
@@ -21,7 +22,7 @@ pub mod world;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +31,7 @@ use crate::wal::Lsn;
 use backup::BackupSettings;
 use backup::keeper::Keeper;
 use cluster::{ClusterAgent, Status};
+use mend::Mender;
 use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
 
@@ -51,6 +53,7 @@ pub struct Assignment {
 pub struct Fleet {
     clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
     keepers: Vec<Keeper>,
+    menders: Vec<Mender>,
     observer: Observer,
     stop: CancellationToken,
 }
@@ -62,7 +65,7 @@ impl Fleet {
         let is_alone = assignments.len() == 1;
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
-        let mut keepers = Vec::new();
+        let (mut keepers, mut menders) = (Vec::new(), Vec::new());
         let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
         for Assignment { world, options, backups } in assignments {
             let name = options.name.clone();
@@ -72,11 +75,16 @@ impl Fleet {
             }
             let (keeper, kept) =
                 Keeper::new(world.clone(), options.clone(), backups, status.clone(), turns.clone(), stop.clone());
-            keepers.push(keeper);
-            subjects.push(Subject { world, options, status: status.clone(), backups: kept });
+            // Whoever finds damage has it mended, and what cannot be has a backup taken, at once.
+            let (found, lost) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+            let signals = (found, lost.clone());
+            let (mender, mended) = Mender::new(world.clone(), options.clone(), status.clone(), signals, stop.clone());
+            keepers.push(keeper.beside(mended.clone(), lost));
+            menders.push(mender);
+            subjects.push(Subject { world, options, status: status.clone(), backups: kept, mended });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, keepers, observer: Observer::new(subjects, stop.clone()), stop }
+        Fleet { clusters, keepers, menders, observer: Observer::new(subjects, stop.clone()), stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -90,6 +98,8 @@ impl Fleet {
         let is_alone = self.clusters.len() == 1;
         let mut running = JoinSet::new();
         let mut keeping: JoinSet<()> = self.keepers.into_iter().map(Keeper::run).collect();
+        // What one was at is found again by the next.
+        let _mending: JoinSet<()> = self.menders.into_iter().map(Mender::run).collect();
         for (name, agent, status) in self.clusters {
             if let Some(until) = until {
                 tokio::spawn(stop_at(until, status, self.stop.clone()));

@@ -144,10 +144,22 @@ impl<E: Indexed> DirectoryContents<E> {
         self.repairs.get(&name)?.iter().find(is_it).map(|(_, object)| *object)
     }
 
+    /// Whether a segment was repaired, whatever became of that since: then the object it was made for is damaged.
+    fn was_repaired(&self, entry: &IndexEntry) -> bool {
+        let (name, wanted) = (entry.segment, entry.raw_crc32.0);
+        let is_known = |part: &Part| matches!(part, Part::Wal(WalObject::Repair(_, crc32, _)) if *crc32 == wanted);
+        self.repairs.get(&name).is_some_and(|all| all.iter().any(|(crc32, _)| *crc32 == wanted))
+            || self.damaged.get(&name).is_some_and(|parts| parts.iter().any(is_known))
+    }
+
     /// The entry of a segment whose object is there in the size the entry tells, or repaired.
     pub fn sealed(&self, name: SegmentName) -> Option<&E> {
         let entry = self.entries.get(&name)?;
-        (self.object_of(entry).is_some() || self.repair_of(entry).is_some()).then_some(entry)
+        let is_whole = match self.was_repaired(entry) {
+            true => self.repair_of(entry).is_some(),
+            false => self.object_of(entry).is_some(),
+        };
+        is_whole.then_some(entry)
     }
 
     /// Objects under a segment's name that no entry describes: a crash between the two, or a write in progress.

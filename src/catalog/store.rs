@@ -467,14 +467,23 @@ impl Archive {
         object: SegmentObject,
         size: SegmentSize,
     ) -> Result<StoredObject, CatalogError> {
-        let key = self.lineage.segment(name, object.form);
-        let location = place(self.backend(), &key);
+        self.inspect(&self.lineage.segment(name, object.form), object, size.bytes()).await
+    }
+
+    /// Reads any object of frames through that should hold `raw_bytes`.
+    pub async fn inspect(
+        &self,
+        key: &Key,
+        object: SegmentObject,
+        raw_bytes: u64,
+    ) -> Result<StoredObject, CatalogError> {
+        let location = place(self.backend(), key);
         let corrupt = |error: DecodeError| {
             let (kind, cause) = (StoreErrorKind::Corrupt, error.to_string());
             CatalogError::Store(StoreError::new(kind, "read", location.clone(), cause))
         };
         let identities = self.keys.identities.as_ref();
-        let mut decoder = match ObjectDecoder::new(object.form, identities, size.bytes()) {
+        let mut decoder = match ObjectDecoder::new(object.form, identities, raw_bytes) {
             Ok(decoder) => Some(decoder),
             Err(error) if error.is_about_keys() => None,
             Err(error) => return Err(corrupt(error)),
@@ -482,7 +491,7 @@ impl Archive {
         let mut stored_crc32 = crc32fast::Hasher::new();
         let mut at = 0;
         while at < object.stored_bytes {
-            let chunk = self.backend.fetch(&key, at..(at + INSPECT_BYTES).min(object.stored_bytes)).await?;
+            let chunk = self.backend.fetch(key, at..(at + INSPECT_BYTES).min(object.stored_bytes)).await?;
             stored_crc32.update(&chunk);
             at += chunk.len() as u64;
             match decoder.as_mut().map(|decoder| decoder.feed(&chunk, &mut |_| Ok(()))) {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -17,9 +17,11 @@ use super::lease::{Lease, Patience, Tenant};
 use super::planned::Planned;
 use super::{BackupSettings, Job, Place, guard, open_gaps, planned, running, settle};
 use crate::agent::cluster::{State, Status};
+use crate::agent::mend::MendFacts;
 use crate::agent::session::{RepositoryState, Watched};
 use crate::agent::world::{ClusterOptions, World};
 use crate::backup::{BackupError, BackupPhase, BackupProgress};
+use crate::catalog::Damages;
 use crate::catalog::backup::BackupFile;
 use crate::catalog::ledger::LedgerFact;
 use crate::catalog::shelf::{self, Outcome, Shelf};
@@ -65,11 +67,15 @@ pub struct Keeper {
     failures: u32,
     /// That the server's configuration cannot be read is said once.
     said_config: Option<String>,
+    /// Who makes damaged backups whole, and what it says when it cannot.
+    mended: Option<watch::Receiver<MendFacts>>,
+    lost: Arc<Notify>,
 }
 
 #[derive(Debug)]
 struct Known {
     shelves: Vec<(Place, Shelf)>,
+    damages: Vec<Damages>,
     ids: Vec<BTreeSet<BackupId>>,
     read: Instant,
 }
@@ -123,13 +129,20 @@ impl Keeper {
             known: None,
             failures: 0,
             said_config: None,
+            mended: None,
+            lost: Arc::default(),
         };
         (keeper, watching)
     }
 
+    /// What another repository has is copied from there, not taken anew; `lost` is notified when there may be need.
+    pub fn beside(self, mended: watch::Receiver<MendFacts>, lost: Arc<Notify>) -> Keeper {
+        Keeper { mended: Some(mended), lost, ..self }
+    }
+
     /// Until told to stop. A backup under way is given up then.
     pub async fn run(mut self) {
-        let stop = self.stop.clone();
+        let (stop, lost) = (self.stop.clone(), self.lost.clone());
         loop {
             let watched = tokio::select! {
                 biased;
@@ -146,6 +159,7 @@ impl Keeper {
                 () = tokio::time::sleep(pause.at_most) => {}
                 () = self.clock_reaches(pause.at) => {}
                 () = wal_reaches(&watched, pause.at_lsn) => {}
+                () = lost.notified() => {}
                 // A new stream may begin behind a gap.
                 () = self.another_stream(&watched) => {}
             }
@@ -273,9 +287,10 @@ impl Keeper {
             ids.push(place.archive.backup_ids().await?.into_iter().collect::<BTreeSet<BackupId>>());
             ledgers.push(place.archive.ledger().await?);
         }
+        let damages: Vec<Damages> = ledgers.iter().map(|ledger| Damages::of(ledger)).collect();
         let is_known = |known: &Known| {
             let names = |(place, _): &(Place, Shelf)| place.name.clone();
-            known.ids == ids
+            (&known.ids, &known.damages) == (&ids, &damages)
                 && known.shelves.iter().map(names).eq(places.iter().map(|place| place.name.clone()))
                 && known.shelves.iter().all(|(_, shelf)| shelf.unfinished().next().is_none())
                 && known.read.elapsed() < READ_INTERVAL
@@ -285,7 +300,7 @@ impl Keeper {
             for place in places {
                 shelves.push((place.clone(), place.archive.shelf().await?));
             }
-            self.known = Some(Known { shelves, ids, read: Instant::now() });
+            self.known = Some(Known { shelves, damages, ids, read: Instant::now() });
         }
         Ok(ledgers)
     }
@@ -300,6 +315,7 @@ impl Keeper {
         let (mut missing, mut behind) = (Vec::new(), Vec::new());
         for ((place, shelf), ledger) in shelves.iter().zip(ledgers) {
             match shelf.complete().last() {
+                None if self.is_being_mended(place, shelves) => {}
                 None => missing.push(place.name.clone()),
                 Some(file) if follows_gap(file, ledger) => behind.push(place.name.clone()),
                 Some(_) => {}
@@ -323,6 +339,19 @@ impl Keeper {
         // Whose time has come too gets the same one.
         missing.extend(due.into_iter().map(|(name, _)| name.clone()));
         Some(Need { why, lacking: missing })
+    }
+
+    /// Whether a damaged backup of this repository may still be copied from another one.
+    fn is_being_mended(&self, place: &Place, shelves: &[(Place, Shelf)]) -> bool {
+        let Some(mended) = &self.mended else { return false };
+        let lost = &mended.borrow().lost;
+        let is_elsewhere = |id: BackupId| {
+            let others = shelves.iter().filter(|(other, _)| other.index != place.index);
+            others.flat_map(|(_, shelf)| shelf.complete()).any(|file| file.id == id)
+        };
+        let own = shelves.iter().filter(|(own, _)| own.index == place.index).flat_map(|(_, shelf)| &shelf.records);
+        let mut damaged = own.filter(|record| record.damaged.is_some() && !record.is_dead);
+        damaged.any(|record| !lost.contains(&(place.index, record.id)) && is_elsewhere(record.id))
     }
 
     /// Takes note of what somebody left unfinished, where no backup follows that would.

@@ -276,6 +276,10 @@ async fn a_damaged_segment_is_a_hole_until_a_repair_or_its_mending_and_writers_g
     let ledger = archive.ledger().await.unwrap();
     archive.append_ledger(&LedgerFact::damaged(&ledger, now(), below, "that too"), 2).await.unwrap();
     assert_eq!(gaps().await[0].0, 3);
+    let below_object = archive.lineage.below(&object).unwrap();
+    let ledger = archive.ledger().await.unwrap();
+    archive.append_ledger(&LedgerFact::mended(&ledger, now(), below_object, "copied", "abc"), 4).await.unwrap();
+    assert_eq!(gaps().await[0].0, 3, "what was repaired once is not whole because its repair is not");
     let ledger = archive.ledger().await.unwrap();
     archive.append_ledger(&LedgerFact::mended(&ledger, now(), below, "copied", "abc"), 3).await.unwrap();
     assert_eq!(gaps().await, []);
