@@ -256,15 +256,17 @@ pub struct DirectoryDigest {
     pub conflicts: BTreeSet<SegmentName>,
     /// Names whose object no entry describes.
     pub unindexed: BTreeSet<SegmentName>,
+    /// But for those known to be damaged.
     pub tails: BTreeMap<SegmentName, Vec<TailObject>>,
     pub index_files: Vec<(IndexName, u64)>,
 }
 
 impl DirectoryDigest {
-    pub fn of<E: Indexed>(contents: DirectoryContents<E>) -> DirectoryDigest
+    pub fn of<E: Indexed>(mut contents: DirectoryContents<E>) -> DirectoryDigest
     where
         Digest: From<E>,
     {
+        contents.drop_damaged_tails();
         let is_sealed = |entry: &E| contents.sealed(entry.segment()).is_some();
         let sealed: BTreeSet<SegmentName> =
             contents.entries.values().filter(|entry| is_sealed(entry)).map(Indexed::segment).collect();

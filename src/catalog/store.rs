@@ -17,6 +17,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::contents::{DirectoryContents, SegmentObject, TailObject, TimelineState};
+use super::damage::Damages;
 use super::index::{IndexEntry, IndexFile};
 use super::ledger::{Expired, FactKind, LedgerFact};
 use super::lineage::{LineageFile, RepositoryFile, WriterFile};
@@ -503,6 +504,12 @@ impl Archive {
     pub async fn expired(&self) -> Result<Expired, CatalogError> {
         let facts = self.facts(|kind| kind == FactKind::Expired.word()).await?;
         Ok(Expired::of(&facts))
+    }
+
+    /// What was found damaged and is not mended.
+    pub async fn damages(&self) -> Result<Damages, CatalogError> {
+        let kinds = [FactKind::Damaged.word(), FactKind::Mended.word()];
+        Ok(Damages::of(&self.facts(|kind| kinds.contains(&kind)).await?))
     }
 
     async fn facts(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<LedgerFact>, CatalogError> {

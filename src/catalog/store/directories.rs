@@ -14,9 +14,10 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 
 use super::{Archive, CatalogError, FETCHES, JSON_BYTES_MAX, LISTINGS_MAX, SCHEMA, fetch_sized, parse_json, place};
 use crate::catalog::contents::{Catalog, DirectoryContents, SegmentObject, TailObject, segment_span};
+use crate::catalog::damage::Damages;
 use crate::catalog::digest::{Claim, Digest, DirectoryDigest, Indexed};
 use crate::catalog::index::{IndexEntry, IndexFile};
-use crate::catalog::ledger::Expired;
+use crate::catalog::ledger::{Expired, LedgerFact};
 use crate::codec::Form;
 use crate::repository::layout::{IndexName, TailName, WalDirectory, WalObject};
 use crate::repository::{Entry, Key, StoreErrorKind};
@@ -58,16 +59,26 @@ pub(super) struct IndexBody {
 }
 
 impl Archive {
-    /// The whole lineage, without what is expired.
+    /// The whole lineage, without what is expired or damaged.
     pub async fn load_catalog(&self) -> Result<Catalog, CatalogError> {
+        self.read_catalog(Damages::of).await
+    }
+
+    /// As writers see it: what was stored, whatever was found damaged since.
+    pub async fn load_catalog_as_written(&self) -> Result<Catalog, CatalogError> {
+        self.read_catalog(|_| Damages::default()).await
+    }
+
+    async fn read_catalog(&self, damages: impl Fn(&[LedgerFact]) -> Damages) -> Result<Catalog, CatalogError> {
         let file = self.lineage_file().await?;
         // The ledger first: an expiry is announced before anything vanishes.
         let ledger = self.ledger().await?;
-        let expired = Expired::of(&ledger);
+        let (expired, damages) = (Expired::of(&ledger), damages(&ledger));
         let (histories, directories) = self.wal_listing().await?;
         let mut timelines: BTreeMap<TimelineId, Vec<Arc<DirectoryDigest>>> = BTreeMap::new();
         let add = |mut contents: DirectoryContents<Digest>| {
             contents.subtract(&expired);
+            contents.mark(&damages);
             let timeline = contents.directory.timeline;
             timelines.entry(timeline).or_default().push(Arc::new(DirectoryDigest::of(contents)));
         };
