@@ -260,9 +260,15 @@ impl Removals {
 
     /// Whether the file of this name at the line's end is the one that was there at `lsn`.
     pub fn is_still(&self, path: &str, lsn: Lsn) -> bool {
-        let removed_since = |path: &str| self.last.get(path).is_some_and(|last| *last >= lsn);
-        let directory = path.rsplit_once('/').map_or("", |(directory, _)| directory);
-        self.wanted.contains(path) && lsn >= self.certain_from && !removed_since(path) && !removed_since(directory)
+        let is_removed = self.last.get(path).is_some_and(|last| *last >= lsn);
+        self.wanted.contains(path) && !is_removed && self.directory_is_still(path, lsn)
+    }
+
+    /// The same of the database it is in.
+    pub fn directory_is_still(&self, path: &str, lsn: Lsn) -> bool {
+        let Some((directory, _)) = path.rsplit_once('/') else { return false };
+        let is_removed = self.last.get(directory).is_some_and(|last| *last >= lsn);
+        self.wanted.contains(directory) && lsn >= self.certain_from && !is_removed
     }
 }
 
@@ -362,8 +368,11 @@ mod tests {
         assert!(!known.is_still(&path, Lsn(0x100)) && !known.is_still(&path, Lsn(0x200)));
         assert!(known.is_still(&path, Lsn(0x300)));
         assert!(!known.is_still("1663/5/16401", Lsn(0x300)), "nobody has looked for that one");
-        let database = RelationChange { relations: vec!["1663/5".into()], lsn: Lsn(0x380), ..summary().drops[0].clone() };
-        assert!(!removals(&SegmentSummary { database_removals: vec![database], ..summary() }).is_still(&path, Lsn(0x300)));
+        let database =
+            RelationChange { relations: vec!["1663/5".into()], lsn: Lsn(0x380), ..summary().drops[0].clone() };
+        assert!(
+            !removals(&SegmentSummary { database_removals: vec![database], ..summary() }).is_still(&path, Lsn(0x300))
+        );
         let cut = removals(&SegmentSummary { truncated: true, ..summary() });
         assert!(!cut.is_still(&path, Lsn(0x300)) && cut.is_still(&path, Lsn(0x1000)));
         let mut left = Removals::of([path.clone()]);

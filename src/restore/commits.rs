@@ -43,7 +43,10 @@ struct Part {
 enum Known {
     Nothing,
     /// `None`: there is none with a time, or with an id.
-    Bounds { times: Option<(Timestamp, Timestamp)>, xids: Option<(u32, u32)> },
+    Bounds {
+        times: Option<(Timestamp, Timestamp)>,
+        xids: Option<(u32, u32)>,
+    },
 }
 
 impl Known {

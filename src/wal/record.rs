@@ -219,12 +219,30 @@ fn block_bytes(reader: &mut Reader<'_>, format: Format) -> Option<u64> {
 /// The content of a record that the index keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Fact {
-    Commit { xid: u32, time: Option<Timestamp>, relations: Vec<String>, truncated: bool },
-    RestorePoint { name: String, time: Option<Timestamp> },
-    Truncation { xid: u32, relation: String },
+    Commit {
+        xid: u32,
+        time: Option<Timestamp>,
+        relations: Vec<String>,
+        truncated: bool,
+    },
+    RestorePoint {
+        name: String,
+        time: Option<Timestamp>,
+    },
+    Truncation {
+        xid: u32,
+        relation: String,
+    },
     /// `directories`: `<tablespace>/<database>`
-    DatabaseRemoval { xid: u32, directories: Vec<String>, truncated: bool },
-    TablespaceRemoval { xid: u32, tablespace: u32 },
+    DatabaseRemoval {
+        xid: u32,
+        directories: Vec<String>,
+        truncated: bool,
+    },
+    TablespaceRemoval {
+        xid: u32,
+        tablespace: u32,
+    },
 }
 
 /// Reads what the index wants from a record; `main` may be cut off where only a prefix was kept.

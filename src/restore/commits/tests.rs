@@ -50,8 +50,9 @@ impl Search for Wal {
                 earlier.iter().chain(later.iter().take(after)).copied().collect()
             }
             Sought::CommitsBetween { since, until, count } => {
-                let is_between =
-                    |it: &&Found| since.is_none_or(|t| t <= it.time.unwrap()) && until.is_none_or(|t| it.time.unwrap() <= t);
+                let is_between = |it: &&Found| {
+                    since.is_none_or(|t| t <= it.time.unwrap()) && until.is_none_or(|t| it.time.unwrap() <= t)
+                };
                 inside.iter().filter(is_between).take(count).copied().collect()
             }
             Sought::EndOf { xid } => inside.into_iter().filter(|it| it.xid == Some(xid)).collect(),
@@ -74,7 +75,8 @@ impl Wal {
     /// Sealed and indexed, all segments but those left out.
     fn catalog(&self, segments: Range<u64>, left_out: &[u64]) -> Catalog {
         let size = SegmentSize::new(MIB).unwrap();
-        let mut contents = DirectoryContents::new(WalDirectory::of(SegmentName::new(ONE, SegmentNumber(0), size)), size);
+        let mut contents =
+            DirectoryContents::new(WalDirectory::of(SegmentName::new(ONE, SegmentNumber(0), size)), size);
         for number in segments.filter(|number| !left_out.contains(number)) {
             let segment = SegmentName::new(ONE, SegmentNumber(number), size);
             let span = Lsn(number * MIB)..Lsn((number + 1) * MIB);
@@ -89,16 +91,8 @@ impl Wal {
             };
             let (raw_bytes, stored_bytes) = (MIB, 9);
             let (start_lsn, end_lsn, raw_crc32, stored_crc32) = (span.start, span.end, Crc32(1), Crc32(2));
-            let entry = IndexEntry {
-                segment,
-                start_lsn,
-                end_lsn,
-                raw_bytes,
-                raw_crc32,
-                stored_bytes,
-                stored_crc32,
-                summary,
-            };
+            let entry =
+                IndexEntry { segment, start_lsn, end_lsn, raw_bytes, raw_crc32, stored_bytes, stored_crc32, summary };
             contents.segments.insert(segment, vec![SegmentObject { form: Form::Plain, stored_bytes }]);
             contents.add_entry(entry);
         }
