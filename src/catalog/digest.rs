@@ -115,7 +115,7 @@ pub struct Digest {
     /// Names of the restore points in it; almost no segment has any.
     points: Option<Box<Vec<String>>>,
     pub proof: Proof,
-    /// Relations were dropped or truncated in it: its whole entry tells which.
+    /// Something was removed or cut in it (every list of the summary but the restore points): its whole entry tells what.
     pub has_changes: bool,
     /// It holds more restore points, drops or truncations than its entry tells.
     pub is_truncated: bool,
@@ -174,7 +174,10 @@ impl Indexed for Digest {
             max_commit: Micros::of(stored.max_commit_time),
             points: (!points.is_empty()).then(|| Box::new(points)),
             proof: stored.proof,
-            has_changes: !stored.drops.is_empty() || !stored.truncations.is_empty(),
+            has_changes: !(stored.drops.is_empty()
+                && stored.truncations.is_empty()
+                && stored.database_removals.is_empty()
+                && stored.tablespace_removals.is_empty()),
             is_truncated: stored.truncated,
         }
     }
@@ -221,6 +224,10 @@ pub struct StoredEntry {
     restore_points: Vec<StoredPoint>,
     drops: Vec<IgnoredAny>,
     truncations: Vec<IgnoredAny>,
+    #[serde(default)]
+    database_removals: Vec<IgnoredAny>,
+    #[serde(default)]
+    tablespace_removals: Vec<IgnoredAny>,
     truncated: bool,
     carry: StoredCarry,
 }
@@ -363,7 +370,10 @@ impl From<IndexEntry> for Digest {
             max_commit: Micros::of(summary.max_commit_time),
             points: (!points.is_empty()).then(|| Box::new(points)),
             proof: summary.proof,
-            has_changes: !summary.drops.is_empty() || !summary.truncations.is_empty(),
+            has_changes: !(summary.drops.is_empty()
+                && summary.truncations.is_empty()
+                && summary.database_removals.is_empty()
+                && summary.tablespace_removals.is_empty()),
             is_truncated: summary.truncated,
         }
     }

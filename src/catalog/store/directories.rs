@@ -419,3 +419,6 @@ fn index_fault<E: Indexed>(
     let stranger = file.entries.iter().map(E::claim).find(|claim| !fits(claim))?;
     Some(format!("its entry for {} does not fit the segment's name or the file's", stranger.segment))
 }
+
+#[cfg(test)]
+mod tests;
