@@ -35,6 +35,8 @@ const PURE: &[&str] = &[
     "src/archiver/tail.rs",
     "src/agent/known.rs",
     "src/catalog/damage.rs",
+    "src/catalog/digest.rs",
+    "src/catalog/union.rs",
     "src/catalog/index.rs",
     "src/catalog/lease.rs",
     "src/catalog/ledger.rs",
