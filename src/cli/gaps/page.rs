@@ -218,7 +218,7 @@ fn evidence(repository: &RepositoryReport, report: &Report) -> Markup {
         dl {
             dt { "Sealed segments" } dd {
                 (sum(|range| range.segments)) ", " (output::size(sum(|range| range.raw_bytes))) " of WAL in "
-                (output::size(sum(|range| range.stored_bytes))) ", each in the size and with the checksums its index entry tells"
+                (output::size(sum(|range| range.stored_bytes))) ", each listed in the size its index entry tells"
             }
             dt { "Records" } dd {
                 (sum(|range| range.records)) " checked before they were stored"
@@ -329,8 +329,9 @@ fn method() -> Markup {
         }
         p {
             "The " em { "CRC of the list" } " is the CRC-32 (IEEE) over one line per segment, in the order of their names: name, "
-            "raw CRC, stored CRC, and a line feed. With the index files of the WAL directories in a row at hand (and nothing "
-            "missing or expired among them) it is computed so:"
+            "raw CRC, stored CRC, and a line feed. Where several entries describe a segment, the one that has its object's size "
+            "counts; segments whose object is missing, of another size, repaired or expired are left out. Where there are none "
+            "of these, it is computed so, from the index files of the WAL directories of a row:"
         }
         pre { (RECIPE) }
         p {
