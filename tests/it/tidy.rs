@@ -50,6 +50,10 @@ const PURE: &[&str] = &[
     "src/restore/target.rs",
     "src/restore/plan.rs",
     "src/restore/reach.rs",
+    "src/catalog/events.rs",
+    "src/cli/gaps/page.rs",
+    "src/cli/gaps/drawing.rs",
+    "src/cli/gaps/report.rs",
     "src/monitor/health.rs",
     "src/monitor/status.rs",
     "src/error.rs",
@@ -85,6 +89,7 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("metrics_exporter_prometheus", &["src/monitor/"]),
     ("x509_parser", &["src/replication/"]),
     ("rustls_native_certs", &["src/replication/"]),
+    ("maud", &["src/cli/gaps/"]),
     ("close_fds", &["src/cli/wal_get/helper.rs"]),
 ];
 

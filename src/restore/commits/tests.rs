@@ -149,7 +149,7 @@ fn only_the_segments_that_hold_the_answer_are_read() {
     let (places, reads) = around(&wal, &catalog, Place::After(at(504)), 3);
     assert_eq!((places, reads), (vec![50200, 50300, 50400, 50500, 50600, 50700], 1));
     let (places, reads) = around(&wal, &catalog, Place::Lsn(Lsn(99 << 20)), 2);
-    assert_eq!((places, reads), (vec![100_100, 100_200], 1), "behind everything");
+    assert_eq!((places, reads), (vec![99_800, 99_900], 1), "behind everything");
     let (places, commits, reads) = wal.ask(&catalog, |looking| Box::pin(async move { looking.ends_of(1204).await }));
     assert_eq!((places, reads, commits.found[0].0), (vec![50400], 1, ONE));
 }
