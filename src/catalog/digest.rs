@@ -257,6 +257,8 @@ pub struct DirectoryDigest {
     pub sealed: Box<[Digest]>,
     /// Entries whose object is not there as they describe it, in order.
     pub missing: Vec<Digest>,
+    /// Of those that count, the ones whose content is in a repair, and not in their own object.
+    pub repaired: BTreeSet<SegmentName>,
     /// Names with entries of different raw content.
     pub disputed: BTreeSet<SegmentName>,
     /// Names of which there is a second content.
@@ -277,6 +279,8 @@ impl DirectoryDigest {
         let is_sealed = |entry: &E| contents.sealed(entry.segment()).is_some();
         let sealed: BTreeSet<SegmentName> =
             contents.entries.values().filter(|entry| is_sealed(entry)).map(Indexed::segment).collect();
+        let is_repaired = |entry: &&E| sealed.contains(&entry.segment()) && contents.object_of(entry).is_none();
+        let repaired = contents.entries.values().filter(is_repaired).map(Indexed::segment).collect();
         let unindexed = contents.unindexed().map(|(name, _)| name).collect();
         let (mut counting, mut missing) = (Vec::with_capacity(sealed.len()), Vec::new());
         for (name, entry) in contents.entries {
@@ -287,6 +291,7 @@ impl DirectoryDigest {
             segment_size: contents.segment_size,
             sealed: counting.into_boxed_slice(),
             missing,
+            repaired,
             disputed: contents.disputed.into_keys().collect(),
             conflicts: contents.conflicts.into_keys().collect(),
             unindexed,

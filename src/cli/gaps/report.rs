@@ -2,11 +2,13 @@
 //! Does not own: what a gap is (`continuity`), what can be restored (`restore/reach.rs`), how the page looks (`page.rs`).
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
 use super::{ShownGap, ShownLack};
-use crate::catalog::{Crc32, DirectoryContents, FactKind, Holdings, LedgerFact};
+use crate::catalog::union::Part;
+use crate::catalog::{Crc32, DirectoryDigest, FactKind, Holdings, LedgerFact};
 use crate::cli::repositories::Copy;
 use crate::cli::restorable::Restorable;
 use crate::repository::layout::{BackupId, Lineage, WalDirectory};
@@ -158,8 +160,8 @@ pub fn of_lineage(
 
 fn timelines(reach: &Reach<'_>) -> Vec<TimelineReport> {
     let of = |timeline: TimelineId| {
-        let pieces = reach.held.pieces.get(&timeline).cloned().unwrap_or_default();
-        let runs = crate::continuity::runs(timeline, pieces).into_iter().map(|run| RunReport {
+        let spans = reach.held.parts(timeline).iter().map(Part::span);
+        let runs = crate::continuity::runs(timeline, spans).into_iter().map(|run| RunReport {
             from: run.from,
             to: run.to,
             last_commit: run.last_commit,
@@ -183,7 +185,7 @@ fn timelines(reach: &Reach<'_>) -> Vec<TimelineReport> {
 /// A few hundred positions are enough to label an axis with.
 fn times(held: &Holdings) -> Vec<(Lsn, Timestamp)> {
     const POSITIONS: usize = 512;
-    let pieces = held.pieces.values().flatten();
+    let pieces = held.parts.values().flatten().flat_map(Part::pieces);
     let mut all: Vec<(Lsn, Timestamp)> = pieces.filter_map(|piece| Some((piece.to, piece.last_commit?))).collect();
     all.sort();
     let step = all.len().div_ceil(POSITIONS).max(1);
@@ -195,12 +197,14 @@ fn times(held: &Holdings) -> Vec<(Lsn, Timestamp)> {
 
 fn around(gap: &ShownGap, found: &Restorable<'_>) -> GapReport {
     let (timeline, size) = (TimelineId(gap.timeline), found.held.segment_size);
-    let pieces = found.held.pieces.get(&timeline).into_iter().flatten();
-    let before = pieces.filter(|piece| piece.to == gap.from_lsn).find_map(|piece| piece.last_commit);
+    let ending = found.held.parts(timeline).iter().filter(|part| {
+        let span = part.span();
+        span.from < gap.from_lsn && gap.from_lsn <= span.to
+    });
+    let before =
+        ending.flat_map(Part::pieces).filter(|piece| piece.to == gap.from_lsn).find_map(|piece| piece.last_commit);
     let name = SegmentName::new(timeline, size.segment_of(gap.to_lsn), size);
-    let directories = found.copies.iter().flat_map(|copy| copy.catalog.timelines.get(&timeline).into_iter().flatten());
-    let mut holding = directories.filter(|contents| contents.directory == WalDirectory::of(name));
-    let after = holding.find_map(|contents| contents.sealed(name)?.summary.min_commit_time);
+    let after = found.copies.iter().find_map(|copy| copy.catalog.sealed(name)?.min_commit_time());
     GapReport { gap: gap.clone(), before, after }
 }
 
@@ -223,11 +227,11 @@ fn of_repository(copy: &Copy<'_>, locations: &BTreeMap<String, String>) -> Repos
 }
 
 /// The directories of one timeline, neighbours together where there are many.
-pub fn ranges(directories: &[DirectoryContents]) -> Vec<RangeReport> {
+pub fn ranges(directories: &[Arc<DirectoryDigest>]) -> Vec<RangeReport> {
     directories.chunks(directories.len().div_ceil(RANGES_MAX).max(1)).map(range).collect()
 }
 
-fn range(directories: &[DirectoryContents]) -> RangeReport {
+fn range(directories: &[Arc<DirectoryDigest>]) -> RangeReport {
     let (first, last) = (directories[0].directory, directories[directories.len() - 1].directory);
     let mut range = RangeReport {
         first,
@@ -251,22 +255,18 @@ fn range(directories: &[DirectoryContents]) -> RangeReport {
     };
     let mut list = crc32fast::Hasher::new();
     for contents in directories {
-        for (&name, entry) in &contents.entries {
-            let Some(object) = contents.object_of(entry) else {
-                match contents.sealed(name) {
-                    Some(_) => range.repaired += 1,
-                    None => range.missing += 1,
-                }
-                continue;
-            };
+        range.missing += contents.missing.len() as u64;
+        range.repaired += contents.repaired.len() as u64;
+        for entry in contents.sealed.iter().filter(|entry| !contents.repaired.contains(&entry.segment)) {
+            let name = entry.segment;
             list.update(format!("{name} {:08x} {:08x}\n", entry.raw_crc32.0, entry.stored_crc32.0).as_bytes());
             range.first_segment = range.first_segment.or(Some(name));
             range.last_segment = Some(name);
             range.segments += 1;
-            range.raw_bytes += entry.raw_bytes;
-            range.stored_bytes += object.stored_bytes;
-            range.records += entry.summary.record_count;
-            range.unproven += u64::from(entry.summary.proof == Proof::Unproven);
+            range.raw_bytes += contents.segment_size.bytes();
+            range.stored_bytes += entry.stored_bytes;
+            range.records += u64::from(entry.records);
+            range.unproven += u64::from(entry.proof == Proof::Unproven);
         }
         range.disputed += (contents.disputed.len() + contents.conflicts.len()) as u64;
         let tails = contents.tails.values().flatten();

@@ -282,14 +282,6 @@ fn together(copies: &[Vec<DirectoryContents>]) -> Vec<Piece> {
     pieces
 }
 
-fn expanded(parts: &[Part]) -> Vec<Piece> {
-    let pieces = |part: &Part| match part {
-        Part::Sealed(sealed) => sealed.within(Lsn::ZERO, Lsn::MAX).map(|(piece, _)| piece).collect(),
-        Part::Tail(piece) => vec![piece.clone()],
-    };
-    parts.iter().flat_map(pieces).collect()
-}
-
 /// Everything that is read from holdings, in one text.
 fn told(held: &Holdings, cut: u64) -> String {
     let reach = Reach::new(held, &[]);
@@ -326,7 +318,7 @@ proptest! {
         for chosen in [vec![0], vec![1], vec![0, 1], vec![1, 0]] {
             let held = Holdings::union(&chosen.iter().map(|&at| &catalogs[at]).collect::<Vec<_>>()).unwrap();
             let pieces = together(&chosen.iter().map(|&at| whole[at].clone()).collect::<Vec<_>>());
-            prop_assert_eq!(&expanded(held.parts(ONE)), &pieces);
+            prop_assert_eq!(&held.pieces(ONE).collect::<Vec<_>>(), &pieces);
             // As if no two segments followed one another.
             let single = pieces.into_iter().map(Part::Tail).collect();
             let apart = Holdings { parts: BTreeMap::from([(ONE, single)]), ..held.clone() };

@@ -1,7 +1,9 @@
 //! What stands on the page, that it is text, and that it stays small. Looking at it is for people.
 
+use std::sync::Arc;
+
 use super::*;
-use crate::catalog::{Crc32, DirectoryContents, FactKind, IndexEntry, contents::SegmentObject};
+use crate::catalog::{Crc32, DirectoryContents, DirectoryDigest, FactKind, IndexEntry, contents::SegmentObject};
 use crate::cli::gaps::report::{self, BackupReport, GapReport, TimelineReport};
 use crate::codec::Form;
 use crate::repository::layout::WalDirectory;
@@ -35,7 +37,7 @@ fn run(from: u64, to: u64) -> RunReport {
 }
 
 /// Directories of one timeline with one segment each.
-fn directories(count: u32) -> Vec<DirectoryContents> {
+fn contents(count: u32) -> Vec<DirectoryContents> {
     let size = SegmentSize::MIB_16;
     let directory = |high: u32| {
         let segment = SegmentName::new(TimelineId(1), SegmentNumber(u64::from(high) * 256), size);
@@ -56,6 +58,14 @@ fn directories(count: u32) -> Vec<DirectoryContents> {
         contents
     };
     (0..count).map(directory).collect()
+}
+
+fn directories(count: u32) -> Vec<Arc<DirectoryDigest>> {
+    digests(contents(count))
+}
+
+fn digests(contents: Vec<DirectoryContents>) -> Vec<Arc<DirectoryDigest>> {
+    contents.into_iter().map(|contents| Arc::new(DirectoryDigest::of(contents))).collect()
 }
 
 fn sample() -> Report {
@@ -176,8 +186,8 @@ fn the_list_has_the_crc_that_the_recipe_gives() {
     let lines = "000000010000000000000000 00000000 00000007\n";
     assert_eq!(ranges[0].list_crc32.0, crc32fast::hash(lines.as_bytes()));
     assert_eq!((ranges.len(), ranges[2].segments, ranges[2].records), (3, 1, 10));
-    let mut damaged = directories(1);
+    let mut damaged = contents(1);
     damaged[0].segments.values_mut().flatten().for_each(|object| object.stored_bytes -= 1);
-    let range = &report::ranges(&damaged)[0];
+    let range = &report::ranges(&digests(damaged))[0];
     assert_eq!((range.segments, range.missing, range.list_crc32.0), (0, 1, 0));
 }
