@@ -414,7 +414,7 @@ impl<'a> Drain<'a> {
     /// What the archive misses of a timeline, below its end.
     async fn holes(&self, timeline: TimelineId) -> Result<Vec<Range<Lsn>>, Failure> {
         // What is damaged there has its name already: mending it is not storing it.
-        let catalog = self.archive.load_written().await?;
+        let catalog = self.archive.load_catalog_as_written().await?;
         let gaps = continuity::gaps(&catalog).into_iter();
         Ok(gaps.filter(|gap| gap.timeline == timeline).map(|gap| gap.from..gap.to).collect())
     }

@@ -145,8 +145,8 @@ impl<E: Indexed> DirectoryContents<E> {
     }
 
     /// Whether a segment was repaired, whatever became of that since: then the object it was made for is damaged.
-    fn was_repaired(&self, entry: &IndexEntry) -> bool {
-        let (name, wanted) = (entry.segment, entry.raw_crc32.0);
+    fn was_repaired(&self, entry: &E) -> bool {
+        let (name, wanted) = (entry.segment(), entry.raw_crc32().0);
         let is_known = |part: &Part| matches!(part, Part::Wal(WalObject::Repair(_, crc32, _)) if *crc32 == wanted);
         self.repairs.get(&name).is_some_and(|all| all.iter().any(|(crc32, _)| *crc32 == wanted))
             || self.damaged.get(&name).is_some_and(|parts| parts.iter().any(is_known))
@@ -174,20 +174,24 @@ impl<E: Indexed> DirectoryContents<E> {
         self.entries.values().filter(|entry| self.sealed(entry.segment()).is_none())
     }
 
-    /// Those that are not known to be damaged.
-    pub fn sound_tails(&self) -> BTreeMap<SegmentName, Vec<TailObject>> {
-        let sound = |name: SegmentName, tails: &[TailObject]| {
-            let tails = tails.iter().filter(|tail| !self.is_damaged(name, Part::Tail(name, tail.name)));
-            tails.copied().collect::<Vec<_>>()
-        };
-        let of_name = |(name, tails): (&SegmentName, &Vec<TailObject>)| (*name, sound(*name, tails));
-        self.tails.iter().map(of_name).filter(|(_, tails)| !tails.is_empty()).collect()
-    }
-
     /// The tails that count for a segment, in order, and those that do not.
     pub fn tail_chain(&self, name: SegmentName) -> tails::TailChain {
-        let counts = |tail: &&TailObject| !self.is_damaged(name, Part::Tail(name, tail.name));
-        tails::of_listed(self.tails.get(&name).into_iter().flatten().filter(counts))
+        tails::of_listed(self.tails_that_count(name))
+    }
+
+    fn tails_that_count(&self, name: SegmentName) -> impl Iterator<Item = &TailObject> {
+        let is_damaged = move |tail: &&TailObject| self.is_damaged(name, Part::Tail(name, tail.name));
+        self.tails.get(&name).into_iter().flatten().filter(move |tail| !is_damaged(tail))
+    }
+
+    /// Takes away the tails that are known to be damaged.
+    pub(super) fn drop_damaged_tails(&mut self) {
+        let names: Vec<SegmentName> =
+            self.tails.keys().filter(|name| self.damaged.contains_key(name)).copied().collect();
+        for name in names {
+            let counting = self.tails_that_count(name).copied().collect();
+            self.tails.insert(name, counting);
+        }
     }
 
     /// Proven bytes in order, without overlap: sealed and indexed segments, and tails of all others.

@@ -115,7 +115,7 @@ pub struct Digest {
     /// Names of the restore points in it; almost no segment has any.
     points: Option<Box<Vec<String>>>,
     pub proof: Proof,
-    /// Relations were dropped or truncated in it: its whole entry tells which.
+    /// Something was removed or cut in it (every list of the summary but the restore points): its whole entry tells what.
     pub has_changes: bool,
     /// It holds more restore points, drops or truncations than its entry tells.
     pub is_truncated: bool,
@@ -174,7 +174,10 @@ impl Indexed for Digest {
             max_commit: Micros::of(stored.max_commit_time),
             points: (!points.is_empty()).then(|| Box::new(points)),
             proof: stored.proof,
-            has_changes: !stored.drops.is_empty() || !stored.truncations.is_empty(),
+            has_changes: !(stored.drops.is_empty()
+                && stored.truncations.is_empty()
+                && stored.database_removals.is_empty()
+                && stored.tablespace_removals.is_empty()),
             is_truncated: stored.truncated,
         }
     }
@@ -221,6 +224,10 @@ pub struct StoredEntry {
     restore_points: Vec<StoredPoint>,
     drops: Vec<IgnoredAny>,
     truncations: Vec<IgnoredAny>,
+    #[serde(default)]
+    database_removals: Vec<IgnoredAny>,
+    #[serde(default)]
+    tablespace_removals: Vec<IgnoredAny>,
     truncated: bool,
     carry: StoredCarry,
 }
@@ -250,26 +257,31 @@ pub struct DirectoryDigest {
     pub sealed: Box<[Digest]>,
     /// Entries whose object is not there as they describe it, in order.
     pub missing: Vec<Digest>,
+    /// Of those that count, the ones whose content is in a repair, and not in their own object.
+    pub repaired: BTreeSet<SegmentName>,
     /// Names with entries of different raw content.
     pub disputed: BTreeSet<SegmentName>,
     /// Names of which there is a second content.
     pub conflicts: BTreeSet<SegmentName>,
     /// Names whose object no entry describes.
     pub unindexed: BTreeSet<SegmentName>,
+    /// But for those known to be damaged.
     pub tails: BTreeMap<SegmentName, Vec<TailObject>>,
     pub index_files: Vec<(IndexName, u64)>,
 }
 
 impl DirectoryDigest {
-    pub fn of<E: Indexed>(contents: DirectoryContents<E>) -> DirectoryDigest
+    pub fn of<E: Indexed>(mut contents: DirectoryContents<E>) -> DirectoryDigest
     where
         Digest: From<E>,
     {
+        contents.drop_damaged_tails();
         let is_sealed = |entry: &E| contents.sealed(entry.segment()).is_some();
         let sealed: BTreeSet<SegmentName> =
             contents.entries.values().filter(|entry| is_sealed(entry)).map(Indexed::segment).collect();
+        let is_repaired = |entry: &&E| sealed.contains(&entry.segment()) && contents.object_of(entry).is_none();
+        let repaired = contents.entries.values().filter(is_repaired).map(Indexed::segment).collect();
         let unindexed = contents.unindexed().map(|(name, _)| name).collect();
-        let tails = contents.sound_tails();
         let (mut counting, mut missing) = (Vec::with_capacity(sealed.len()), Vec::new());
         for (name, entry) in contents.entries {
             if sealed.contains(&name) { counting.push(entry.into()) } else { missing.push(entry.into()) }
@@ -279,10 +291,11 @@ impl DirectoryDigest {
             segment_size: contents.segment_size,
             sealed: counting.into_boxed_slice(),
             missing,
+            repaired,
             disputed: contents.disputed.into_keys().collect(),
             conflicts: contents.conflicts.into_keys().collect(),
             unindexed,
-            tails,
+            tails: contents.tails,
             index_files: contents.index_files,
         }
     }
@@ -362,7 +375,10 @@ impl From<IndexEntry> for Digest {
             max_commit: Micros::of(summary.max_commit_time),
             points: (!points.is_empty()).then(|| Box::new(points)),
             proof: summary.proof,
-            has_changes: !summary.drops.is_empty() || !summary.truncations.is_empty(),
+            has_changes: !(summary.drops.is_empty()
+                && summary.truncations.is_empty()
+                && summary.database_removals.is_empty()
+                && summary.tablespace_removals.is_empty()),
             is_truncated: summary.truncated,
         }
     }

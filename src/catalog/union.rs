@@ -84,6 +84,14 @@ pub enum Part {
 }
 
 impl Part {
+    pub fn pieces(&self) -> impl Iterator<Item = Piece> {
+        let (sealed, tail) = match self {
+            Part::Sealed(sealed) => (Some(sealed.within(Lsn::ZERO, Lsn::MAX).map(|(piece, _)| piece)), None),
+            Part::Tail(piece) => (None, Some(piece.clone())),
+        };
+        sealed.into_iter().flatten().chain(tail)
+    }
+
     pub fn span(&self) -> Span {
         match self {
             Part::Sealed(sealed) => sealed.span,
@@ -179,6 +187,11 @@ impl Holdings {
 
     pub fn parts(&self, timeline: TimelineId) -> &[Part] {
         self.parts.get(&timeline).map_or(&[], Vec::as_slice)
+    }
+
+    /// What the parts are made of, one by one.
+    pub fn pieces(&self, timeline: TimelineId) -> impl Iterator<Item = Piece> {
+        self.parts(timeline).iter().flat_map(Part::pieces)
     }
 
     /// The end of the last byte of a timeline.

@@ -7,12 +7,13 @@ use std::time::Duration;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use jiff::Timestamp;
 
+use crate::catalog::events::EventKind;
 use crate::config::{Flags, label_fault, parse_duration, parse_size};
 use crate::repository::layout::BackupId;
 use crate::restore::marker::RestoreId;
 use crate::restore::target::{Action, TimelineChoice};
 use crate::telemetry::{LogFormat, Verbosity};
-use crate::wal::{Lsn, SegmentName, TimelineId};
+use crate::wal::{Lsn, Place, SegmentName, TimelineId};
 
 const AFTER_HELP: &str = "\
 Without --config the configuration is SEAWALL_CONFIG, seawall.toml, or /etc/seawall/seawall.toml, whichever comes first;
@@ -119,7 +120,7 @@ pub enum Command {
     Gaps(GapsArgs),
     /// What can be restored, to the commit; exit code 1 when nothing can
     Window(WindowArgs),
-    /// When did it happen: dropped and truncated relations, restore points; each with the restore that stops before it
+    /// When did it happen: drops, truncations, restore points, commits; each with the restore that stops just before it
     Find(FindArgs),
     /// Bring a server back, to any instant: choose, fetch and verify a backup, and set up its recovery
     Restore(RestoreArgs),
@@ -220,9 +221,10 @@ pub struct GapsArgs {
     pub html: Option<PathBuf>,
 }
 
-/// Reads the index; only the unfinished segment at the end is fetched (and needs identity_file where it is encrypted).
-/// Relations are shown as tablespace/database/file, as pg_relation_filepath() has them: DROP, TRUNCATE and whatever
-/// rewrites a table removes a file. Exit code 1 when something could not be looked into.
+/// Reads the index; only the unfinished segment at the end is fetched, and with --around, --commits and --xid the segments
+/// that hold the answer (which needs identity_file where they are encrypted). Relations are shown as
+/// tablespace/database/file, as pg_relation_filepath() has them: DROP, TRUNCATE and whatever rewrites a table removes a
+/// file. A server that answers is asked for names. Exit code 1 when something could not be looked into.
 #[derive(Args, Debug)]
 pub struct FindArgs {
     /// From then on: 2026-11-22T11:00:00Z, '2026-11-22 12:00:00+01:00', or how long ago: 2h, 3d
@@ -231,6 +233,57 @@ pub struct FindArgs {
     /// Up to then
     #[arg(long, value_name = "TIME", value_parser = moment)]
     pub until: Option<Timestamp>,
+    /// The commits nearest to a time or an LSN, and what happened between them
+    #[arg(long, value_name = "TIME|LSN", value_parser = place, conflicts_with_all = ["since", "until", "commits", "xid"])]
+    pub around: Option<Place>,
+    /// With --since or --until: commits too
+    #[arg(long, conflicts_with = "xid")]
+    pub commits: bool,
+    /// Where this transaction ended
+    #[arg(long, value_name = "N", conflicts_with_all = ["since", "until"])]
+    pub xid: Option<u32>,
+    /// Commits shown: on either side with --around (5), in all with --commits (100)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    pub count: Option<u16>,
+    /// Only these; may be repeated
+    #[arg(long, value_name = "KIND", value_enum, value_delimiter = ',')]
+    pub kind: Vec<KindArg>,
+    /// Only what is about these relations: a path, a file's number, [[database.]schema.]name; * and ? match anything
+    #[arg(long, value_name = "PATTERN")]
+    pub relation: Option<String>,
+    /// Only this line of history: the timeline and its ancestors up to their forks (commits: otherwise the newest line)
+    #[arg(long, value_name = "N", value_parser = timeline)]
+    pub timeline: Option<TimelineId>,
+    /// A directory of the cluster in the repository: <system-id> or <system-id>-<n>
+    #[arg(long, value_name = "NAME")]
+    pub lineage: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum KindArg {
+    /// A commit that removed files: DROP, TRUNCATE, whatever rewrites a table
+    Drop,
+    /// A file was cut, as VACUUM does
+    Truncation,
+    DropDatabase,
+    DropTablespace,
+    RestorePoint,
+    Commit,
+    Rollback,
+}
+
+impl From<KindArg> for EventKind {
+    fn from(kind: KindArg) -> EventKind {
+        match kind {
+            KindArg::Drop => EventKind::Drop,
+            KindArg::Truncation => EventKind::Truncation,
+            KindArg::DropDatabase => EventKind::DropDatabase,
+            KindArg::DropTablespace => EventKind::DropTablespace,
+            KindArg::RestorePoint => EventKind::RestorePoint,
+            KindArg::Commit => EventKind::Commit,
+            KindArg::Rollback => EventKind::Rollback,
+        }
+    }
 }
 
 /// Exit codes: 0 delivered; 1 not in the archive, as the store has shown; 255 every error, so that PostgreSQL stops
@@ -363,6 +416,11 @@ fn moment(text: &str) -> Result<Timestamp, String> {
     text.parse().ok().or_else(ago).ok_or_else(|| {
         "expected a time with its zone, such as 2026-11-22T11:00:00Z, or how long ago, such as 2h".to_string()
     })
+}
+
+fn place(text: &str) -> Result<Place, String> {
+    let time = || moment(text).map(Place::After).map_err(|error| format!("{error}; or an LSN, such as 16/B374D848"));
+    text.parse().map(Place::Lsn).or_else(|_| time())
 }
 
 fn size(text: &str) -> Result<u64, String> {

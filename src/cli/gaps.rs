@@ -1,13 +1,18 @@
 //! Owns: `gaps`: every hole of every lineage in all repositories together, what single ones lack; as table, JSON or page.
-//! Does not own: what a gap is (`continuity`).
+//! Does not own: what a gap is (`continuity`), the page (`gaps/`).
 
-use std::fmt::Write;
+mod drawing;
+mod page;
+mod report;
+
+use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde::Serialize;
 
 use super::args::{GapsArgs, Global};
-use super::repositories::{self, Copy, Unread};
+use super::repositories::{self, Copy, Look, Unread};
+use super::restorable::{self, Restorable};
 use super::{Verdict, output, setup};
 use crate::catalog::Holdings;
 use crate::config::ArchiveConfig;
@@ -15,6 +20,7 @@ use crate::continuity::{self, Gap, GapState, Lack, Run};
 use crate::error::{ExitCode, Failure};
 use crate::repository::layout::Lineage;
 use crate::wal::Lsn;
+use report::{LineageReport, Report};
 
 #[derive(Debug, Default, Serialize)]
 struct Answer {
@@ -62,9 +68,17 @@ struct ShownUnread {
 
 pub fn run(global: &Global, args: &GapsArgs) -> Result<Verdict, Failure> {
     let chosen = setup::chosen_archives(global)?;
-    let answer = setup::block_on(find(&chosen))??;
+    let (answer, lineages) = setup::block_on(find(&chosen, args.html.is_some()))??;
     if let Some(path) = &args.html {
-        std::fs::write(path, page(&answer)).map_err(|error| {
+        let report = Report {
+            made: Timestamp::now(),
+            host: setup::host_name(),
+            lineages,
+            gaps: answer.gaps.clone(),
+            lacks: answer.lacks.clone(),
+            unread: answer.unread.iter().map(ShownUnread::in_words).collect(),
+        };
+        std::fs::write(path, page::page(&report)).map_err(|error| {
             Failure::new(ExitCode::Permission, format!("could not write {}: {error}", path.display()))
                 .hint("is there room, and may this user write there?")
         })?;
@@ -77,8 +91,10 @@ pub fn run(global: &Global, args: &GapsArgs) -> Result<Verdict, Failure> {
     Ok(if is_open || !answer.unread.is_empty() { Verdict::Finding } else { Verdict::Fine })
 }
 
-async fn find(archives: &[ArchiveConfig]) -> Result<Answer, Failure> {
+/// The answer; what the page says of each lineage too where there is to be one.
+async fn find(archives: &[ArchiveConfig], has_page: bool) -> Result<(Answer, Vec<LineageReport>), Failure> {
     let mut answer = Answer::default();
+    let mut reports = Vec::new();
     for config in archives {
         let looks = repositories::look(&config.repositories, &config.cluster).await;
         let lineages = repositories::all_lineages(&looks);
@@ -86,26 +102,40 @@ async fn find(archives: &[ArchiveConfig]) -> Result<Answer, Failure> {
             return Err(repositories::nothing(&looks, &config.cluster));
         }
         for (lineage, _) in lineages {
-            let (copies, unread) = repositories::copies(&looks, &lineage).await;
-            if copies.is_empty() {
-                return Err(unread.into_iter().next().expect("a lineage was found somewhere").failure);
+            let found = match has_page {
+                true => restorable::read(&looks, &lineage).await?,
+                false => without_backups(&looks, &lineage).await?,
+            };
+            let first = answer.gaps.len();
+            add_lineage(&mut answer, &lineage, &found.copies, &found.held);
+            if has_page {
+                let location = |look: &Look| (look.config.name.clone(), look.backend.describe());
+                let locations: BTreeMap<String, String> = looks.iter().map(location).collect();
+                reports.push(report::of_lineage(&lineage, &found, &locations, &answer.gaps[first..]));
             }
-            add_lineage(&mut answer, &lineage, &copies)?;
-            unread.into_iter().for_each(|unread| add_unread(&mut answer, &config.cluster, unread));
+            found.unread.into_iter().for_each(|unread| add_unread(&mut answer, &config.cluster, unread));
         }
     }
-    Ok(answer)
+    Ok((answer, reports))
 }
 
-fn add_lineage(answer: &mut Answer, lineage: &Lineage, copies: &[Copy<'_>]) -> Result<(), Failure> {
+async fn without_backups<'a>(looks: &'a [Look], lineage: &Lineage) -> Result<Restorable<'a>, Failure> {
+    let (copies, unread) = repositories::copies(looks, lineage).await;
+    if copies.is_empty() {
+        return Err(unread.into_iter().next().expect("a lineage was found somewhere").failure);
+    }
+    let held = repositories::union(lineage, &copies)?;
+    Ok(Restorable { copies, held, backups: Vec::new(), unread })
+}
+
+fn add_lineage(answer: &mut Answer, lineage: &Lineage, copies: &[Copy<'_>], all: &Holdings) {
     let name = lineage.directory_name();
-    let all = repositories::union(lineage, copies)?;
-    answer.gaps.extend(continuity::gaps_of(&all).into_iter().map(|gap| shown(&lineage.cluster, &name, gap)));
+    answer.gaps.extend(continuity::gaps_of(all).into_iter().map(|gap| shown(&lineage.cluster, &name, gap)));
     let each: Vec<(&str, Holdings)> =
         copies.iter().map(|copy| (copy.repository, Holdings::of(&copy.catalog))).collect();
     let runs: Vec<(&str, Vec<Run>)> = each.iter().map(|(name, held)| (*name, continuity::all_runs(held))).collect();
     for (repository, held) in &each {
-        for lack in continuity::lacks(&all, held) {
+        for lack in continuity::lacks(all, held) {
             let holders = runs.iter().filter(|(_, runs)| lack.is_touched_by(runs));
             let Lack { timeline, from, to } = lack;
             answer.lacks.push(ShownLack {
@@ -120,7 +150,6 @@ fn add_lineage(answer: &mut Answer, lineage: &Lineage, copies: &[Copy<'_>]) -> R
             });
         }
     }
-    Ok(())
 }
 
 /// Said once, not for every lineage.
@@ -197,62 +226,15 @@ impl Answer {
                 lack.held_by.join(" or ")
             )
         });
-        let unread = self.unread.iter().map(|unread| {
-            let hint = unread.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
-            let (repository, cluster, error) = (&unread.repository, &unread.cluster, &unread.error);
-            format!("repository {repository} of cluster {cluster} cannot be read, and may hold more: {error}{hint}")
-        });
+        let unread = self.unread.iter().map(ShownUnread::in_words);
         lacks.chain(unread).collect()
     }
 }
 
-/// One self-contained page.
-fn page(answer: &Answer) -> String {
-    let gaps = &answer.gaps;
-    let open = gaps.iter().filter(|gap| gap.state == GapState::Open).count();
-    let mut rows = String::new();
-    for gap in gaps {
-        let cells: String = cells(gap).iter().map(|cell| format!("<td>{}</td>", escaped(cell))).collect();
-        let _ = writeln!(rows, "<tr>{cells}</tr>");
-    }
-    let header: String = COLUMNS.iter().map(|name| format!("<th>{name}</th>")).collect();
-    let remarks: String = answer.remarks().iter().map(|remark| format!("<p>{}</p>\n", escaped(remark))).collect();
-    format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"><title>Seawall: gaps</title>\n<style>\
-         body {{ font-family: sans-serif }} td, th {{ text-align: left; padding: 0.2em 1em 0.2em 0; \
-         font-variant-numeric: tabular-nums }}</style></head>\n<body>\n<h1>Gaps in the archive</h1>\n\
-         <p>{open} open, {} healed.</p>\n<table>\n<tr>{header}</tr>\n{rows}</table>\n{remarks}</body>\n</html>\n",
-        gaps.len() - open
-    )
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_shows_causes_as_text() {
-        let gap = ShownGap {
-            id: "1-0-8".into(),
-            cluster: "main".into(),
-            lineage: "7".into(),
-            timeline: 1,
-            from_lsn: Lsn(0),
-            to_lsn: Lsn(8),
-            bytes: 8,
-            detected: None,
-            cause: Some("<script>&".into()),
-            state: GapState::Open,
-            healed_by: None,
-        };
-        let error = "it's <gone>".to_string();
-        let unread = ShownUnread { repository: "offsite".into(), cluster: "main".into(), error, hint: None };
-        let page = page(&Answer { gaps: vec![gap], lacks: Vec::new(), unread: vec![unread] });
-        assert!(page.contains("offsite") && page.contains("&lt;gone&gt;"), "{page}");
-        assert!(page.contains("1 open, 0 healed") && page.contains("&lt;script&gt;&amp;"), "{page}");
+impl ShownUnread {
+    fn in_words(&self) -> String {
+        let hint = self.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
+        let (repository, cluster, error) = (&self.repository, &self.cluster, &self.error);
+        format!("repository {repository} of cluster {cluster} cannot be read, and may hold more: {error}{hint}")
     }
 }

@@ -99,6 +99,13 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
+/// The same, as wide as it is: for what will be copied.
+pub fn wide_table(header: &[&str]) -> Table {
+    let mut table = table(header);
+    table.set_content_arrangement(ContentArrangement::Disabled);
+    table
+}
+
 /// `12 B`, `3.5 MiB`.
 pub fn size(bytes: u64) -> String {
     bytesize::ByteSize(bytes).display().iec().to_string()

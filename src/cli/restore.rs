@@ -89,7 +89,7 @@ async fn make_plan(
 }
 
 /// The one that is named, else the newest.
-fn lineage(looks: &[Look], cluster: &str, name: Option<&str>) -> Result<Lineage, Failure> {
+pub fn lineage(looks: &[Look], cluster: &str, name: Option<&str>) -> Result<Lineage, Failure> {
     let lineages = repositories::all_lineages(looks);
     let names = || lineages.iter().map(|(lineage, _)| lineage.directory_name()).collect::<Vec<_>>().join(", ");
     let chosen = match name {

@@ -1,5 +1,6 @@
-//! Owns: looking for single records in the archived WAL of a line, where the index does not tell enough.
-//! Does not own: which part is looked into (`choose.rs`), delivering segments (`wal_get.rs`), what a record says (`wal`).
+//! Owns: reading the archived WAL of a line for single records, or for what a segment holds, where the index does not
+//! tell enough.
+//! Does not own: which part is looked into (`choose.rs`, `commits.rs`, `cli`), delivering segments (`wal_get.rs`), what a record says (`wal`).
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -12,7 +13,7 @@ use super::wal_get::{Absence, Holder, Outcome, PathChoice, WalGet, WalGetError};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::wal::{
     Carry, Found, History, Lsn, Proof, ScanError, ScanOptions, Scanner, SegmentName, SegmentNumber, SegmentSize,
-    Sought, SystemId, TimelineId,
+    SegmentSummary, Sought, SystemId, TimelineId,
 };
 
 const READ_BYTES: usize = 128 << 10;
@@ -112,15 +113,37 @@ impl Search for ArchiveSearch {
             }
             read(&file, &mut scanner, name, end)?;
             let _ = std::fs::remove_file(&file);
-            if wants_first && scanner.found().iter().any(|found| inside(&found)) {
+            if scanner.found_all_wanted() || wants_first && scanner.found().any(|found| inside(&found)) {
                 break;
             }
         }
-        Ok(scanner.found().iter().filter(inside).copied().collect())
+        Ok(scanner.found().filter(inside).copied().collect())
     }
 }
 
 impl ArchiveSearch {
+    /// What an unfinished segment says up to `end`. `carry` is what the segment before it left behind, where that is known.
+    pub async fn summary(
+        &self,
+        path: &History,
+        name: SegmentName,
+        carry: Carry,
+        end: Lsn,
+    ) -> Result<SegmentSummary, SearchError> {
+        let scratch = tempfile::tempdir()?;
+        let file = scratch.path().join("segment");
+        let size = self.segment_size;
+        let number = size.segment_before(end);
+        let (found, end) = self.segment(path, number, end, &file).await?;
+        if found != name {
+            return Err(SearchError::Absent { name, absence: Absence::NotArchived });
+        }
+        let options = ScanOptions { system_id: self.system_id, segment_size: size, history: path.clone() };
+        let mut scanner = Scanner::new(options, size.start_of(number), carry);
+        read(&file, &mut scanner, name, end)?;
+        Ok(scanner.summary_of_open_segment().clone())
+    }
+
     /// Fetches a segment by the newest timeline that has it; tells up to where it counts.
     async fn segment(
         &self,

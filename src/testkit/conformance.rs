@@ -30,6 +30,7 @@ pub async fn run_for_a_single_writer(backend: &dyn Backend, scratch: &Key) {
     deleted_objects_are_gone(backend, &below(scratch, "delete")).await;
     a_directory_is_not_an_object(backend, &below(scratch, "directory")).await;
     list_is_sorted_and_one_level_deep(backend, &below(scratch, "list")).await;
+    a_deep_listing_shows_what_plain_ones_do(backend, &below(scratch, "deep")).await;
     an_upload_appears_when_completed(backend, &below(scratch, "upload")).await;
     an_upload_refuses_a_taken_name(backend, &below(scratch, "upload_taken")).await;
     an_abandoned_upload_leaves_nothing(backend, &below(scratch, "upload_abandoned")).await;
@@ -186,6 +187,28 @@ pub async fn list_is_sorted_and_one_level_deep(backend: &dyn Backend, scratch: &
     let top = scratch.as_str().split('/').next().expect("a key has a first part");
     let root = backend.list(None).await.unwrap();
     assert!(root.contains(&Entry::Directory(top.to_string())), "{root:?}");
+}
+
+/// Where there is one. More than a page of it, in stores whose pages are short.
+pub async fn a_deep_listing_shows_what_plain_ones_do(backend: &dyn Backend, scratch: &Key) {
+    if !backend.lists_deep() {
+        return;
+    }
+    let pages = (0..12).map(|number| format!("b/{number:02}"));
+    // Neighbours that sort on either side of the slash.
+    let named = ["a/x", "ab/x", "b", "b-/x", "b/deep/er", "b0/x", "c-/x", "c/x", "c/y+z %", "c0/x", "d/x"];
+    let paths: Vec<String> = named.into_iter().map(str::to_string).chain(pages).collect();
+    for path in &paths {
+        put(backend, &below(scratch, path), path.as_bytes()).await;
+    }
+    put(backend, &Key::new(format!("{scratch}2/b/x")), b"").await;
+    for (first, last) in [("b", "b"), ("a", "c"), ("b", "c"), ("ab", "d"), ("bb", "bc"), ("0", "z"), ("e", "f")] {
+        let is_inside = |path: &&String| path.split_once('/').is_some_and(|(name, _)| first <= name && name <= last);
+        let mut expected: Vec<(String, u64)> =
+            paths.iter().filter(is_inside).map(|path| (path.clone(), path.len() as u64)).collect();
+        expected.sort();
+        assert_eq!(backend.list_deep(scratch, first, last).await.unwrap(), Some(expected), "{first} to {last}");
+    }
 }
 
 pub async fn an_upload_appears_when_completed(backend: &dyn Backend, scratch: &Key) {
@@ -365,5 +388,6 @@ mod tests {
     #[tokio::test]
     async fn the_model_conforms() {
         run_all(&MemoryStore::default(), &Key::new("scratch")).await;
+        run_all(&MemoryStore::listing_deep(), &Key::new("scratch")).await;
     }
 }

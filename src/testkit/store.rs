@@ -18,9 +18,20 @@ use crate::repository::{Backend, Entry, Facts, Key, StoreError, StoreErrorKind, 
 #[derive(Clone, Debug, Default)]
 pub struct MemoryStore {
     objects: Arc<Mutex<BTreeMap<Key, Bytes>>>,
+    lists_deep: bool,
 }
 
 impl MemoryStore {
+    /// One that shows the names below many directories at once, as S3 does.
+    pub fn listing_deep() -> MemoryStore {
+        MemoryStore { lists_deep: true, ..MemoryStore::default() }
+    }
+
+    /// The same objects, listed the other way.
+    pub fn listing_plainly(&self) -> MemoryStore {
+        MemoryStore { lists_deep: false, ..self.clone() }
+    }
+
     fn error(kind: StoreErrorKind, operation: &'static str, key: &Key) -> StoreError {
         StoreError::new(kind, operation, format!("memory:{key}"), format!("{kind:?}"))
     }
@@ -93,6 +104,26 @@ impl Backend for MemoryStore {
         found.sort();
         found.dedup();
         Ok(found)
+    }
+
+    fn lists_deep(&self) -> bool {
+        self.lists_deep
+    }
+
+    async fn list_deep(
+        &self,
+        directory: &Key,
+        first: &str,
+        last: &str,
+    ) -> Result<Option<Vec<(String, u64)>>, StoreError> {
+        let prefix = format!("{directory}/");
+        let found = self.objects.lock().unwrap();
+        let found = found.iter().filter_map(|(key, body)| {
+            let path = key.as_str().strip_prefix(&prefix)?;
+            let (name, _) = path.split_once('/')?;
+            (first <= name && name <= last).then(|| (path.to_string(), body.len() as u64))
+        });
+        Ok(Some(found.collect()))
     }
 
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {

@@ -22,7 +22,7 @@ mod timeline;
 pub use lsn::{Lsn, ParseLsnError};
 pub use page::{PAGE_BYTES, PageMagic};
 pub use scanner::{Carry, FaultClass, PendingRecord, Proof, ScanError, ScanFault, ScanOptions, Scanner};
-pub use seek::{Found, FoundKind, Sought};
+pub use seek::{Found, FoundKind, Place, Sought};
 pub use segment::{InvalidSegmentSize, ParseSegmentNameError, SegmentName, SegmentNumber, SegmentSize};
 pub use summary::{Commit, RelationChange, RestorePoint, SegmentSummary};
 pub use text::from_text;

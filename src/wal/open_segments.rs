@@ -79,6 +79,17 @@ impl OpenSegments {
                 push(&mut summary.truncated, &mut summary.truncations, change);
                 None
             }
+            Fact::DatabaseRemoval { xid, directories: relations, truncated } => {
+                summary.truncated |= truncated;
+                let change = RelationChange { xid, lsn: start, time: None, relations };
+                push(&mut summary.truncated, &mut summary.database_removals, change);
+                None
+            }
+            Fact::TablespaceRemoval { xid, tablespace } => {
+                let change = RelationChange { xid, lsn: start, time: None, relations: vec![tablespace.to_string()] };
+                push(&mut summary.truncated, &mut summary.tablespace_removals, change);
+                None
+            }
         }
     }
 

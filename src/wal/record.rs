@@ -18,6 +18,8 @@ pub(super) const RECORD_BYTES_MAX: u32 = 1020 * 1024 * 1024;
 const RM_XLOG: u8 = 0;
 const RM_XACT: u8 = 1;
 const RM_SMGR: u8 = 2;
+const RM_DATABASE: u8 = 4;
+const RM_TABLESPACE: u8 = 5;
 const XLOG_SWITCH: u8 = 0x40;
 const XLOG_RESTORE_POINT: u8 = 0x70;
 const XLOG_OVERWRITE_CONTRECORD: u8 = 0xD0;
@@ -27,6 +29,7 @@ const XACT_COMMIT_PREPARED: u8 = 0x30;
 const XACT_ABORT_PREPARED: u8 = 0x40;
 const XACT_HAS_INFO: u8 = 0x80;
 const SMGR_TRUNCATE: u8 = 0x20;
+const TABLESPACE_DROP: u8 = 0x10;
 
 /// `XLogRecord`
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +80,8 @@ impl RecordHeader {
             RM_XLOG => self.info & 0xF0 == XLOG_RESTORE_POINT,
             RM_XACT => matches!(self.info & 0x70, XACT_COMMIT | XACT_COMMIT_PREPARED),
             RM_SMGR => self.info & 0xF0 == SMGR_TRUNCATE,
+            RM_DATABASE => matches!(self.info & 0xF0, 0x10 | 0x20),
+            RM_TABLESPACE => self.info & 0xF0 == TABLESPACE_DROP,
             _ => false,
         }
     }
@@ -214,9 +219,30 @@ fn block_bytes(reader: &mut Reader<'_>, format: Format) -> Option<u64> {
 /// The content of a record that the index keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Fact {
-    Commit { xid: u32, time: Option<Timestamp>, relations: Vec<String>, truncated: bool },
-    RestorePoint { name: String, time: Option<Timestamp> },
-    Truncation { xid: u32, relation: String },
+    Commit {
+        xid: u32,
+        time: Option<Timestamp>,
+        relations: Vec<String>,
+        truncated: bool,
+    },
+    RestorePoint {
+        name: String,
+        time: Option<Timestamp>,
+    },
+    Truncation {
+        xid: u32,
+        relation: String,
+    },
+    /// `directories`: `<tablespace>/<database>`
+    DatabaseRemoval {
+        xid: u32,
+        directories: Vec<String>,
+        truncated: bool,
+    },
+    TablespaceRemoval {
+        xid: u32,
+        tablespace: u32,
+    },
 }
 
 /// Reads what the index wants from a record; `main` may be cut off where only a prefix was kept.
@@ -229,6 +255,8 @@ fn decode_fact(header: &RecordHeader, main: &[u8], format: Format) -> Option<Fac
     let mut reader = Reader(main);
     match header.resource_manager {
         RM_XACT => Some(commit(header, reader, format)),
+        RM_DATABASE => database_removal(header, reader, format),
+        RM_TABLESPACE => Some(Fact::TablespaceRemoval { xid: header.xid, tablespace: reader.u32()? }),
         RM_SMGR => {
             reader.skip(4)?; // the block the relation now ends at
             Some(Fact::Truncation { xid: header.xid, relation: relation(&mut reader)? })
@@ -303,6 +331,19 @@ fn commit_details(
     Some(())
 }
 
+/// `xl_dbase_drop_rec`. Version 15 gave its number to another record.
+fn database_removal(header: &RecordHeader, mut reader: Reader<'_>, format: Format) -> Option<Fact> {
+    let drop = if format.version >= 15 { 0x20 } else { 0x10 };
+    if header.info & 0xF0 != drop {
+        return None;
+    }
+    let (database, count) = (reader.u32()?, reader.u32()? as usize);
+    let tablespaces: Vec<u32> = (0..count.min(SegmentSummary::LIST_MAX)).map_while(|_| reader.u32()).collect();
+    let truncated = tablespaces.len() < count;
+    let directories = tablespaces.iter().map(|tablespace| format!("{tablespace}/{database}")).collect();
+    Some(Fact::DatabaseRemoval { xid: header.xid, directories, truncated })
+}
+
 /// `RelFileLocator`, as a path below the data directory would name it.
 fn relation(reader: &mut Reader<'_>) -> Option<String> {
     let (tablespace, database, number) = (reader.u32()?, reader.u32()?, reader.u32()?);
@@ -355,6 +396,26 @@ mod tests {
             assert_eq!(time.unwrap().to_string(), "2000-01-01T00:00:01Z");
             assert_eq!(relations, ["1663/5/16384", "1663/5/16385"]);
         }
+    }
+
+    #[test]
+    fn a_database_removal_is_told_from_its_creation_in_every_version() {
+        let main: Vec<u8> = [16400u32, 2, 1663, 16500].iter().flat_map(|word| word.to_le_bytes()).collect();
+        for version in 13..=19 {
+            let format = Format { version };
+            let (drop, other) = if version >= 15 { (0x20, 0x10) } else { (0x10, 0x20) };
+            let expected = vec!["1663/16400".to_string(), "16500/16400".to_string()];
+            let removal = |truncated| Fact::DatabaseRemoval { xid: 7, directories: expected.clone(), truncated };
+            assert_eq!(fact(&header(4, drop), &main, format), Some(removal(false)), "{version}");
+            assert_eq!(fact(&header(4, other), &main, format), None, "{version}");
+            assert_eq!(fact(&header(4, 0x00), &main, format), None, "{version}");
+            for length in 0..main.len() {
+                let cut = fact(&header(4, drop), &main[..length], format);
+                assert!(cut.is_none_or(|cut| matches!(cut, Fact::DatabaseRemoval { truncated: true, .. })), "{length}");
+            }
+        }
+        let removed = fact(&header(5, 0x10), &16500u32.to_le_bytes(), Format { version: 18 });
+        assert_eq!(removed, Some(Fact::TablespaceRemoval { xid: 7, tablespace: 16500 }));
     }
 
     #[test]

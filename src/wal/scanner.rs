@@ -95,8 +95,13 @@ impl Scanner {
     }
 
     /// What was looked for, in order; the first few of it.
-    pub fn found(&self) -> &[Found] {
-        self.chain.seeker.as_ref().map_or(&[], Seeker::found)
+    pub fn found(&self) -> impl Iterator<Item = &Found> {
+        self.chain.seeker.iter().flat_map(Seeker::found)
+    }
+
+    /// As many commits were found as were asked for: reading on finds no more.
+    pub fn found_all_wanted(&self) -> bool {
+        self.chain.seeker.as_ref().is_some_and(Seeker::is_full)
     }
 
     /// Takes the bytes that follow [`Scanner::position`]. After an error the scanner only repeats it.

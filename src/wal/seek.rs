@@ -1,6 +1,8 @@
 //! Owns: single records a reader looks for: ends of transactions, restore points, positions.
 //! Does not own: reading them (`scanner.rs`), where to look (`restore`).
 
+use std::collections::VecDeque;
+
 use jiff::Timestamp;
 
 use super::Lsn;
@@ -28,6 +30,38 @@ pub enum Sought {
     RecordFrom(Lsn),
     /// Whatever comes last.
     LastRecord,
+    /// So many commits before a place, the nearest, and so many from it on.
+    CommitsAround {
+        place: Place,
+        before: usize,
+        after: usize,
+    },
+    /// The first commits with times between these, both included; so many.
+    CommitsBetween {
+        since: Option<Timestamp>,
+        until: Option<Timestamp>,
+        count: usize,
+    },
+}
+
+/// Where commits are divided into earlier and later ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Later ones start at or after it.
+    Lsn(Lsn),
+    /// The first one after this instant is later, and all that follow it, whatever their times are: where recovery to
+    /// a time stops.
+    After(Timestamp),
+}
+
+impl Place {
+    /// Whether a commit is the first later one, where none was before.
+    pub fn begins_with(self, commit: &Found) -> bool {
+        match self {
+            Place::Lsn(lsn) => commit.lsn >= lsn,
+            Place::After(time) => commit.time.is_some_and(|at| at > time),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,23 +87,57 @@ pub struct Found {
 pub(super) struct Seeker {
     sought: Sought,
     found: Vec<Found>,
+    /// Of commits around a place: those before it, the oldest first.
+    earlier: VecDeque<Found>,
 }
 
 impl Seeker {
-    /// No answer needs more, and a segment may hold a million commits.
+    /// No answer but lists of commits needs more, and a segment may hold a million commits.
     const FOUND_MAX: usize = 16;
 
     pub fn new(sought: Sought) -> Seeker {
-        Seeker { sought, found: Vec::new() }
+        Seeker { sought, found: Vec::new(), earlier: VecDeque::new() }
     }
 
-    pub fn found(&self) -> &[Found] {
-        &self.found
+    pub fn found(&self) -> impl Iterator<Item = &Found> {
+        self.earlier.iter().chain(&self.found)
+    }
+
+    /// A list of commits that has as many as were asked for.
+    pub fn is_full(&self) -> bool {
+        match self.sought {
+            Sought::CommitsAround { after, .. } => self.found.len() >= after && !self.found.is_empty(),
+            Sought::CommitsBetween { count, .. } => self.found.len() >= count,
+            _ => false,
+        }
     }
 
     /// `main` may be cut off where only a prefix of the record was kept.
     pub fn see(&mut self, start: Lsn, header: &RecordHeader, main: &[u8], format: Format) {
+        let mut found_max = Self::FOUND_MAX;
+        let commit = || fact(start, header, main, format, None).filter(|found| found.kind == FoundKind::Commit);
         let (found, is_last_wanted) = match &self.sought {
+            Sought::CommitsAround { place, before, after } => {
+                let Some(commit) = commit() else { return };
+                if self.found.is_empty() && !place.begins_with(&commit) {
+                    self.earlier.push_back(commit);
+                    if self.earlier.len() > *before {
+                        self.earlier.pop_front();
+                    }
+                    return;
+                }
+                found_max = *after;
+                (Some(commit), false)
+            }
+            Sought::CommitsBetween { since, until, count } => {
+                let is_between = |found: &Found| {
+                    found.time.is_some_and(|at| {
+                        since.is_none_or(|since| since <= at) && until.is_none_or(|until| at <= until)
+                    })
+                };
+                found_max = *count;
+                (commit().filter(is_between), false)
+            }
             Sought::RecordFrom(lsn) => (position(start, header).filter(|found| found.lsn >= *lsn), false),
             Sought::LastRecord => (position(start, header), true),
             Sought::LastTime => (fact(start, header, main, format, None).filter(|found| found.time.is_some()), true),
@@ -89,7 +157,7 @@ impl Seeker {
         };
         match found {
             Some(found) if is_last_wanted => self.found = vec![found],
-            Some(found) if self.found.len() < Self::FOUND_MAX => self.found.push(found),
+            Some(found) if self.found.len() < found_max => self.found.push(found),
             _ => {}
         }
     }

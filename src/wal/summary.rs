@@ -23,12 +23,12 @@ pub struct RestorePoint {
     pub time: Timestamp,
 }
 
-/// A transaction that dropped relations, or a truncation: what `find` looks for.
+/// A transaction that dropped relations, a truncation, the removal of a database or tablespace: what `find` looks for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelationChange {
     pub xid: u32,
     pub lsn: Lsn,
-    /// Commit time; `None` for a truncation, whose record has none.
+    /// Commit time; `None` for all others, whose records have none.
     pub time: Option<Timestamp>,
     /// `<tablespace oid>/<database oid>/<relfilenode>`, capped like the lists in [`SegmentSummary`].
     pub relations: Vec<String>,
@@ -52,6 +52,13 @@ pub struct SegmentSummary {
     pub restore_points: Vec<RestorePoint>,
     pub drops: Vec<RelationChange>,
     pub truncations: Vec<RelationChange>,
+    /// Directories of databases that were removed, `<tablespace oid>/<database oid>`: DROP DATABASE, a move to another
+    /// tablespace, a CREATE DATABASE that failed. Absent where there is none, as in entries of older versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub database_removals: Vec<RelationChange>,
+    /// Tablespaces that were removed, by OID.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tablespace_removals: Vec<RelationChange>,
     /// A list above was cut at [`SegmentSummary::LIST_MAX`] entries (or a relation list inside it).
     pub truncated: bool,
     /// The scanner's state at the segment's end, so that the proof continues across restarts.
@@ -77,6 +84,8 @@ impl SegmentSummary {
             restore_points: Vec::new(),
             drops: Vec::new(),
             truncations: Vec::new(),
+            database_removals: Vec::new(),
+            tablespace_removals: Vec::new(),
             truncated: false,
             carry: Carry::default(),
         }

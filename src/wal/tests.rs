@@ -124,6 +124,35 @@ fn a_summary_says_what_starts_in_its_segment() {
 }
 
 #[test]
+fn commits_are_listed_around_a_place_and_between_times() {
+    let wal = mixed(18, Lsn(MIB));
+    let listed = |sought: Sought| {
+        let mut scanner = scanner(&wal).seeking(sought);
+        scanner.feed(wal.start(), all(&wal)).unwrap();
+        let found: Vec<Lsn> =
+            scanner.found().filter(|found| found.kind == FoundKind::Commit).map(|it| it.lsn).collect();
+        assert_eq!(found.len(), scanner.found().count(), "commits only");
+        (found, scanner.found_all_wanted())
+    };
+    let commits: Vec<(Lsn, Timestamp)> = wal.commits().iter().map(|(_, lsn, _, time)| (*lsn, *time)).collect();
+    let lsns = |range: Range<usize>| commits[range].iter().map(|(lsn, _)| *lsn).collect::<Vec<_>>();
+    let around = |place: Place, before: usize, after: usize| listed(Sought::CommitsAround { place, before, after });
+    let middle = commits.len() / 2;
+    assert_eq!(around(Place::Lsn(commits[middle].0), 20, 30), (lsns(middle - 20..middle + 30), true));
+    assert_eq!(around(Place::Lsn(commits[middle].0 + 1), 2, 1), (lsns(middle - 1..middle + 2), true));
+    assert_eq!(around(Place::Lsn(Lsn::MAX), 3, 1), (lsns(commits.len() - 3..commits.len()), false));
+    // Times are not in the order of positions: the first one past the time divides.
+    let second = commits.iter().position(|(_, at)| *at > time(1000)).unwrap();
+    assert_eq!(around(Place::After(time(1000)), 5, 5), (lsns(second - 5..second + 5), true));
+    let (since, until) = (Some(time(1100)), Some(time(1200)));
+    let inside: Vec<Lsn> =
+        commits.iter().filter(|(_, at)| (time(1100)..=time(1200)).contains(at)).map(|(lsn, _)| *lsn).collect();
+    assert_eq!(inside.len(), 101);
+    assert_eq!(listed(Sought::CommitsBetween { since, until, count: 1000 }), (inside.clone(), false));
+    assert_eq!(listed(Sought::CommitsBetween { since, until, count: 40 }), (inside[..40].to_vec(), true));
+}
+
+#[test]
 fn long_lists_are_cut() {
     let mut wal = writer(18);
     let relations: Vec<_> = (0..150).map(|number| (1663, 5, number)).collect();

@@ -183,6 +183,11 @@ impl History {
         (self.timeline == timeline).then_some(begin)
     }
 
+    /// The timeline a position lies on.
+    pub fn at(&self, lsn: Lsn) -> TimelineId {
+        self.ancestors.iter().find(|entry| lsn < entry.end).map_or(self.timeline, |entry| entry.timeline)
+    }
+
     /// Up to where both are one history: `Lsn::MAX` when they are the same.
     pub fn shared_until(&self, other: &History) -> Lsn {
         let mut begin = Lsn::ZERO;

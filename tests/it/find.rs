@@ -1,10 +1,16 @@
-//! When did it happen: found in sealed segments and in the unfinished one, and the restore it suggests stops before it.
+//! When did it happen: found in sealed segments and in the unfinished one, with names where they are certain, and the
+//! restores it suggests stop where it says.
+
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::support::agent;
-use crate::support::archived::{Archived, create_journal, note};
-use crate::support::postgres::{self, Server};
+use crate::support::archived::{Archived, create_journal, note, notes};
+use crate::support::postgres::{self, BaseBackup, Installation, Server};
+use crate::support::process;
+
+const DEADLINE: Duration = Duration::from_secs(120);
 
 #[test]
 fn what_was_dropped_is_found_with_the_target_that_stops_before_it() {
@@ -59,6 +65,159 @@ fn what_was_dropped_is_found_with_the_target_that_stops_before_it() {
         assert_eq!(restored.value("select to_regclass('early') is null"), "t");
         assert_eq!(restored.value("select count(*) from journal"), "1");
     }
+}
+
+#[test]
+fn commits_are_found_with_the_targets_before_and_after_them() {
+    let Some(major) = postgres::newest_major() else { return };
+    let server = Server::builder(major).wal_segment_mib(1).setting("track_commit_timestamp", "on");
+    let server = server.setting("autovacuum", "off").start();
+    let archive = Archived::of(&server);
+    let _agent = archive.streaming_agent();
+    create_journal(&server);
+    let backup = server.base_backup_without_wal();
+    for number in 0..12 {
+        note(&server, &format!("note {number}"));
+        if number % 3 == 0 {
+            server.switch_wal();
+        }
+    }
+    archive.wait_acknowledged(&server);
+    let known = server.sql(
+        "select xmin, to_char(pg_xact_commit_timestamp(xmin) at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.USZ') \
+         from journal order by id",
+    );
+    let (xid, time) = (|at: usize| known[at][0].as_str(), |at: usize| known[at][1].as_str());
+    let xids = |answer: &Value| -> Vec<String> {
+        let events = answer["events"].as_array().unwrap().iter();
+        events.filter(|event| event["kind"] == "commit").map(|event| event["xid"].to_string()).collect()
+    };
+    let expected = |range: std::ops::Range<usize>| range.map(|at| xid(at).to_string()).collect::<Vec<_>>();
+
+    let around = json_of(&archive, &["find", "--around", time(5), "--count", "3"]);
+    assert_eq!(xids(&around), expected(3..9), "{around}");
+    let sixth = &around["events"][2];
+    let lsn = sixth["lsn"].as_str().unwrap();
+    assert_eq!(sixth["restore"], format!("--to lsn:{lsn} --exclusive"));
+    assert_eq!(sixth["restore_after"], format!("--to lsn:{lsn}"));
+    assert_eq!(xids(&json_of(&archive, &["find", "--around", lsn, "--count", "2"])), expected(3..7));
+    let between = json_of(&archive, &["find", "--commits", "--since", time(2), "--until", time(9)]);
+    assert_eq!((xids(&between), &between["more"]), (expected(2..10), &Value::Bool(false)));
+    let some = json_of(&archive, &["find", "--commits", "--since", time(2), "--count", "4"]);
+    assert_eq!((xids(&some), &some["more"]), (expected(2..6), &Value::Bool(true)));
+    let one = json_of(&archive, &["find", "--xid", xid(5)]);
+    assert_eq!((xids(&one), &one["events"][0]["lsn"]), (expected(5..6), &sixth["lsn"]));
+    assert_eq!(json_of(&archive, &["find", "--xid", "2000000000"])["events"], Value::Array(Vec::new()));
+    let table = answer_of(&archive, &["find", "--around", lsn]);
+    let line = table.lines().find(|line| line.contains(&format!(" {} ", xid(5)))).expect("it has a line");
+    let before = format!("restore --to lsn:{lsn} --exclusive");
+    assert!(line.contains(&before) && line.trim_end().ends_with(&format!("restore --to lsn:{lsn}")), "{table}");
+    let unbounded = agent::seawall(["find", "--commits", "--config", &archive.config_argument()]);
+    assert_eq!(unbounded.status.code(), Some(64), "it would read the whole archive");
+
+    for (inclusive, count) in [("off", 5), ("on", 6)] {
+        let restored = recovered(&backup, &archive, lsn, inclusive);
+        assert_eq!(notes(&restored).len(), count, "inclusive {inclusive}");
+    }
+}
+
+#[test]
+fn names_are_told_only_where_they_are_certain() {
+    let Some(major) = postgres::newest_major() else { return };
+    let server = Server::builder(major).wal_segment_mib(1).setting("autovacuum", "off").start();
+    let archive = Archived::of(&server);
+    let _agent = archive.streaming_agent();
+    server.sql("create table kept as select generate_series(1, 10) n");
+    server.sql("create table cut as select generate_series(1, 10000) n");
+    server.sql("create table gone as select generate_series(1, 10000) n");
+    let path = |table: &str| {
+        server.value(&format!(
+            "select format('%s/%s/%s', coalesce(nullif(c.reltablespace, 0), d.dattablespace), d.oid, \
+             pg_relation_filenode(c.oid)) from pg_class c, pg_database d \
+             where c.oid = '{table}'::regclass and d.datname = current_database()"
+        ))
+    };
+    let (kept, cut, gone) = (path("kept"), path("cut"), path("gone"));
+    server.sql("truncate kept");
+    for table in ["cut", "gone"] {
+        server.sql(&format!("delete from {table}"));
+        server.sql(&format!("vacuum {table}"));
+    }
+    server.sql("drop table gone");
+    archive.wait_acknowledged(&server);
+
+    let answer = json_of(&archive, &["find"]);
+    assert_eq!(answer["unnamed"], Value::Null, "{answer}");
+    let about = |kind: &str, path: &str| {
+        let holds = |event: &&Value| {
+            event["kind"] == kind && event["relations"].as_array().unwrap().iter().any(|it| it == path)
+        };
+        let found = answer["events"].as_array().unwrap().iter().find(holds);
+        found.unwrap_or_else(|| panic!("no {kind} of {path} in {answer}")).clone()
+    };
+    let (truncate, vacuum) = (about("drop", &kept), about("truncation", &cut));
+    assert_eq!(
+        (&truncate["database"], &truncate["changed"]),
+        (&"postgres".into(), &serde_json::json!(["public.kept"]))
+    );
+    assert_eq!(vacuum["names"], serde_json::json!({ cut.as_str(): "public.cut" }));
+    assert_eq!(about("truncation", &gone)["names"], serde_json::json!({}), "its number may be another's now");
+    assert_eq!(about("drop", &gone)["changed"], serde_json::json!([]));
+    let count = |arguments: &[&str]| json_of(&archive, arguments)["events"].as_array().unwrap().len();
+    assert_eq!(count(&["find", "--relation", "kept"]), 1);
+    assert_eq!(count(&["find", "--relation", "postgres.public.c?t", "--kind", "truncation"]), 1);
+    assert_eq!(count(&["find", "--relation", &gone]), 2);
+    assert_eq!(count(&["find", "--kind", "restore-point,drop-tablespace"]), 0);
+
+    // Without the server the events are the same, and have no names.
+    let alone = json_of(&archive.copy(), &["find"]);
+    assert!(alone["unnamed"].is_string(), "{alone}");
+    let places = |answer: &Value| -> Vec<Value> {
+        answer["events"].as_array().unwrap().iter().map(|event| event["lsn"].clone()).collect()
+    };
+    assert_eq!(places(&alone), places(&answer));
+}
+
+#[test]
+fn a_dropped_database_is_found_and_brought_back() {
+    for major in [13, 18].into_iter().filter(|&major| postgres::is_installed(major)) {
+        let server = Server::builder(major).wal_segment_mib(1).start();
+        let archive = Archived::of(&server);
+        let _agent = archive.streaming_agent();
+        server.sql("create database shop");
+        in_database(&server, "shop", "create table orders as select generate_series(1, 10) n");
+        let oid = server.value("select oid from pg_database where datname = 'shop'");
+        let backup = server.base_backup_without_wal();
+        server.sql("drop database shop");
+        archive.wait_acknowledged(&server);
+
+        let answer = json_of(&archive, &["find", "--kind", "drop-database"]);
+        let event = &answer["events"][0];
+        assert_eq!(event["relations"], serde_json::json!([format!("1663/{oid}")]), "{answer}");
+        let restored = recovered(&backup, &archive, event["lsn"].as_str().unwrap(), "off");
+        let hint = event["hint"].as_str().unwrap();
+        restored.sql(&hint[hint.find("UPDATE").unwrap()..]);
+        assert_eq!(in_database(&restored, "shop", "select count(*) from orders"), "10", "{hint}");
+    }
+}
+
+/// The copy as the target says, promoted.
+fn recovered(backup: &BaseBackup, archive: &Archived, lsn: &str, inclusive: &str) -> Server {
+    let recovery = backup.recover(&archive.restore_command(&[])).setting("recovery_target_lsn", lsn);
+    let recovery = recovery.setting("recovery_target_inclusive", inclusive);
+    recovery.setting("recovery_target_action", "promote").start_recovered().expect("the target is reached")
+}
+
+fn in_database(server: &Server, database: &str, statement: &str) -> String {
+    let conninfo = server.conninfo().replace("dbname=postgres", &format!("dbname={database}"));
+    let mut psql = Installation::newest_with("psql").command("psql");
+    process::run_ok(psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", &conninfo, "-c", statement]), DEADLINE)
+        .trim()
+        .to_string()
+}
+
+fn json_of(archive: &Archived, arguments: &[&str]) -> Value {
+    serde_json::from_str(&answer_of(archive, &[arguments, &["--json"]].concat())).expect("it answers in JSON")
 }
 
 fn answer_of(archive: &Archived, arguments: &[&str]) -> String {

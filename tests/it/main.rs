@@ -17,6 +17,7 @@ mod prefetch;
 mod proof;
 mod readers;
 mod readme;
+mod report;
 mod restores;
 mod s3_conformance;
 mod s3_faults;

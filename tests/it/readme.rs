@@ -184,9 +184,10 @@ fn the_commands_it_shows_do_what_it_says() {
     process::eventually(DEADLINE, "all of it is archived", || (server.value(&acknowledged) == "t").then_some(()));
 
     let restore = blocks(&text, "sh", "## Restore", "## Commands");
-    let [restore, by_hand] = &restore[..] else { panic!("other blocks than this test knows: {restore:#?}") };
+    let [restore, find, by_hand] = &restore[..] else { panic!("other blocks than this test knows: {restore:#?}") };
     let said = reader.run(restore);
     assert!(said.contains("pg_ctl"), "{said}");
+    assert!(reader.run(find).contains("restore --to lsn:"), "there are commits of the last twenty minutes");
     reader.run(by_hand);
     let expected = notes(&server);
     for name in ["restored", "by-hand"] {

@@ -35,6 +35,8 @@ const PURE: &[&str] = &[
     "src/archiver/tail.rs",
     "src/agent/known.rs",
     "src/catalog/damage.rs",
+    "src/catalog/digest.rs",
+    "src/catalog/union.rs",
     "src/catalog/index.rs",
     "src/catalog/lease.rs",
     "src/catalog/ledger.rs",
@@ -54,6 +56,10 @@ const PURE: &[&str] = &[
     "src/retention/policy.rs",
     "src/retention/survey.rs",
     "src/retention/plan.rs",
+    "src/catalog/events.rs",
+    "src/cli/gaps/page.rs",
+    "src/cli/gaps/drawing.rs",
+    "src/cli/gaps/report.rs",
     "src/monitor/health.rs",
     "src/monitor/status.rs",
     "src/error.rs",
@@ -93,6 +99,7 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("x509_parser", &["src/replication/"]),
     ("rustls_native_certs", &["src/replication/"]),
     ("croner", &["src/schedule/line.rs"]),
+    ("maud", &["src/cli/gaps/"]),
     ("close_fds", &["src/cli/wal_get/helper.rs"]),
 ];
 

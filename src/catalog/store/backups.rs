@@ -14,6 +14,9 @@ use crate::catalog::shelf::Shelf;
 use crate::repository::layout::{BackupId, LeaseNumber, PinName};
 use crate::repository::{Entry, Key, StoreErrorKind};
 
+/// Backups looked at at the same time: each takes five requests, one after the other.
+const BACKUPS: usize = 64;
+
 impl Archive {
     /// The ids below `backups/`, in order; names of no known form are left alone.
     pub async fn backup_ids(&self) -> Result<Vec<BackupId>, CatalogError> {
@@ -45,7 +48,7 @@ impl Archive {
     /// Every backup there is anything of, in order.
     pub async fn backup_records(&self) -> Result<Vec<BackupRecord>, CatalogError> {
         let (ids, damages) = (self.backup_ids().await?, self.damages().await?);
-        stream::iter(ids).map(|id| self.record_beside(id, &damages)).buffered(FETCHES).try_collect().await
+        stream::iter(ids).map(|id| self.record_beside(id, &damages)).buffered(BACKUPS).try_collect().await
     }
 
     pub async fn is_dead(&self, id: BackupId) -> Result<bool, CatalogError> {

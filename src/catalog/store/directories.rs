@@ -61,15 +61,15 @@ pub(super) struct IndexBody {
 impl Archive {
     /// The whole lineage, without what is expired or damaged.
     pub async fn load_catalog(&self) -> Result<Catalog, CatalogError> {
-        self.catalog_without(Damages::of).await
+        self.read_catalog(Damages::of).await
     }
 
     /// As writers see it: what was stored, whatever was found damaged since.
-    pub async fn load_written(&self) -> Result<Catalog, CatalogError> {
-        self.catalog_without(|_| Damages::default()).await
+    pub async fn load_catalog_as_written(&self) -> Result<Catalog, CatalogError> {
+        self.read_catalog(|_| Damages::default()).await
     }
 
-    async fn catalog_without(&self, damages: impl Fn(&[LedgerFact]) -> Damages) -> Result<Catalog, CatalogError> {
+    async fn read_catalog(&self, damages: impl Fn(&[LedgerFact]) -> Damages) -> Result<Catalog, CatalogError> {
         let file = self.lineage_file().await?;
         // The ledger first: an expiry is announced before anything vanishes.
         let ledger = self.ledger().await?;
@@ -419,3 +419,6 @@ fn index_fault<E: Indexed>(
     let stranger = file.entries.iter().map(E::claim).find(|claim| !fits(claim))?;
     Some(format!("its entry for {} does not fit the segment's name or the file's", stranger.segment))
 }
+
+#[cfg(test)]
+mod tests;

@@ -264,7 +264,7 @@ async fn a_damaged_segment_is_a_hole_until_a_repair_or_its_mending_and_writers_g
     let hole = [(3, 4, "damaged: it does not decode".to_string())];
     assert_eq!(gaps().await, hole);
     assert_eq!(archive.frontier(ONE, size()).await.unwrap().run_from, Some(Lsn(2 * MIB)));
-    let as_written = archive.load_written().await.unwrap();
+    let as_written = archive.load_catalog_as_written().await.unwrap();
     assert_eq!(crate::continuity::gaps(&as_written), []);
     // Of other content than the index has: it is nobody's repair.
     put(&store, &archive.lineage.repair(name(3), 9, Form::Plain), b"abc");

@@ -179,10 +179,10 @@ impl Shared {
             false => format!("{root}{}", common(first, last)),
         };
         let after = (first != last).then(|| format!("{root}{first}"));
-        let is_inside = |path: &str| {
-            let name = path.split('/').next().unwrap_or(path);
-            first <= name && name <= last
-        };
+        let is_inside = |path: &str| path.split_once('/').is_some_and(|(name, _)| first <= name && name <= last);
+        // By whole names a neighbour `<last>-` comes before `<last>/`, as the dash does before the slash; the zero is the
+        // first that comes after it.
+        let beyond = format!("{last}0");
         let mut names: Vec<(String, u64)> = Vec::new();
         let mut token: Option<String> = None;
         let mut reached: Option<String> = None;
@@ -200,8 +200,7 @@ impl Shared {
             }
             reached = found.last().map(|(path, _)| path.clone()).or(reached);
             token = next_page(&page, token)?;
-            // In their order, slashes count too: `<last>-x/` would come before `<last>/`, and is no name of ours.
-            let is_past = reached.as_deref().is_some_and(|path| path.split('/').next().is_some_and(|name| name > last));
+            let is_past = reached.as_ref().is_some_and(|path| *path >= beyond);
             names.extend(found.into_iter().filter(|(path, _)| is_inside(path)));
             if token.is_none() || is_past {
                 return Ok(Some(names));

@@ -164,6 +164,9 @@ impl Search for Archived {
                 all
             }
             Sought::LastTime | Sought::LastRecord => all.into_iter().last().into_iter().collect(),
+            Sought::CommitsAround { .. } | Sought::CommitsBetween { .. } => {
+                unreachable!("no target is a list of commits")
+            }
         })
     }
 }
