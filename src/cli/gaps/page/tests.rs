@@ -5,7 +5,7 @@ use crate::catalog::{Crc32, DirectoryContents, FactKind, IndexEntry, contents::S
 use crate::cli::gaps::report::{self, BackupReport, GapReport, TimelineReport};
 use crate::codec::Form;
 use crate::repository::layout::WalDirectory;
-use crate::wal::{SegmentName, SegmentNumber, SegmentSize, SegmentSummary};
+use crate::wal::{Lsn, SegmentName, SegmentNumber, SegmentSize, SegmentSummary, TimelineId};
 
 const GIB: u64 = 1 << 30;
 
