@@ -123,7 +123,12 @@ fn commits_are_found_with_the_targets_before_and_after_them() {
 
 #[test]
 fn names_are_told_only_where_they_are_certain() {
-    let Some(major) = postgres::newest_major() else { return };
+    for major in [13, 18].into_iter().filter(|&major| postgres::is_installed(major)) {
+        names_are_told_on(major);
+    }
+}
+
+fn names_are_told_on(major: u32) {
     let server = Server::builder(major).wal_segment_mib(1).setting("autovacuum", "off").start();
     let archive = Archived::of(&server);
     let _agent = archive.streaming_agent();
@@ -176,6 +181,53 @@ fn names_are_told_only_where_they_are_certain() {
         answer["events"].as_array().unwrap().iter().map(|event| event["lsn"].clone()).collect()
     };
     assert_eq!(places(&alone), places(&answer));
+}
+
+#[test]
+fn what_happened_on_a_line_that_was_left_is_shown_with_its_timeline_and_no_name() {
+    let Some(major) = postgres::newest_major() else { return };
+    let primary = Server::builder(major).wal_segment_mib(1).setting("wal_keep_size", "256MB");
+    let mut primary = primary.setting("autovacuum", "off").start();
+    let mut standby = Server::standby_of(&primary).start();
+    let archive = Archived::of(&primary);
+    let mut agent = archive.streaming_agent();
+    for table in ["shared", "kept"] {
+        primary.sql(&format!("create table {table} as select generate_series(1, 10) n"));
+    }
+    let file = |server: &Server, table: &str| server.value(&format!("select pg_relation_filenode('{table}')"));
+    let (shared, kept) = (file(&primary, "shared"), file(&primary, "kept"));
+    primary.sql("drop table shared");
+    standby.wait_replayed(primary.flush_lsn());
+    standby.promote();
+    // The old primary goes on for a while: what follows is on timeline 1 only.
+    primary.sql("truncate kept");
+    archive.wait_acknowledged(&primary);
+    agent.kill9();
+    primary.kill9();
+    archive.point_at(&standby.conninfo());
+    let _agent = archive.streaming_agent();
+    standby.sql("drop table kept");
+    archive.wait_acknowledged(&standby);
+
+    let answer = json_of(&archive, &["find", "--kind", "drop"]);
+    let of = |file: &str| -> Vec<(Value, Value, bool)> {
+        let events = answer["events"].as_array().unwrap().iter();
+        let about = events.filter(|event| {
+            event["relations"].as_array().unwrap().iter().any(|it| it.as_str().unwrap().ends_with(&format!("/{file}")))
+        });
+        let facts = |event: &Value| {
+            let leads_off = event["restore"].as_str().unwrap().ends_with(" --timeline 1");
+            (event["timeline"].clone(), event["database"].clone(), leads_off)
+        };
+        about.map(facts).collect()
+    };
+    assert_eq!(of(&shared), [(1.into(), "postgres".into(), false)], "once, although both timelines have it: {answer}");
+    assert_eq!(of(&kept), [(1.into(), Value::Null, true), (2.into(), "postgres".into(), false)], "{answer}");
+    let on = |timeline: &str| {
+        let answer = json_of(&archive, &["find", "--kind", "drop", "--relation", &kept, "--timeline", timeline]);
+        answer["events"].as_array().unwrap().iter().map(|event| event["timeline"].clone()).collect::<Vec<_>>()
+    };
+    assert_eq!((on("1"), on("2")), (vec![1.into()], vec![2.into()]));
 }
 
 #[test]

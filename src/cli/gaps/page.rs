@@ -5,12 +5,12 @@ use jiff::Timestamp;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::drawing;
-use super::report::{LineageReport, RangeReport, Report, RepositoryReport, RunReport};
+use super::report::{LineageReport, RangeReport, Report, RepositoryReport, RunReport, TimelineReport};
 use super::{ShownGap, ShownLack};
 use crate::catalog::LedgerFact;
 use crate::cli::output;
 use crate::continuity::GapState;
-use crate::wal::{Lsn, Proof, TimelineId};
+use crate::wal::Proof;
 
 const STYLE: &str = include_str!("page.css");
 /// Rows of a table; what is beyond is counted, and in the JSON answer.
@@ -130,24 +130,24 @@ fn of_lineage(lineage: &LineageReport, report: &Report) -> Markup {
     }
 }
 
+fn runs_of(timeline: &TimelineReport) -> impl Iterator<Item = (&TimelineReport, &RunReport)> {
+    timeline.runs.iter().map(move |run| (timeline, run))
+}
+
 fn coverage_table(lineage: &LineageReport) -> Markup {
-    let rows: Vec<(TimelineId, Option<(TimelineId, Lsn)>, &RunReport)> = lineage
-        .timelines
-        .iter()
-        .flat_map(|timeline| timeline.runs.iter().map(|run| (timeline.timeline, timeline.parent, run)))
-        .collect();
+    let rows: Vec<(&TimelineReport, &RunReport)> = lineage.timelines.iter().flat_map(runs_of).collect();
     html! {
         div.scroll { table {
             thead { tr {
                 th { "Timeline" } th { "From" } th { "To" } th.number { "WAL" } th { "Last commit" } th { "Began" } th { "Records" }
             } }
-            tbody { @for (timeline, parent, run) in rows.iter().rev().take(RUNS_MAX).rev() { tr {
-                td.tight { (timeline) }
+            tbody { @for (timeline, run) in rows.iter().rev().take(RUNS_MAX).rev() { tr {
+                td.tight { (timeline.timeline) }
                 td.tight.code { (run.from) }
                 td.tight.code { (run.to) }
                 td.tight.number { (output::size(run.to.saturating_distance(run.from))) }
                 td.tight { (maybe(run.last_commit)) }
-                td.tight { @match parent { Some((parent, at)) => { "at " (at) " of timeline " (parent) }, None => "-" } }
+                td.tight { @match timeline.parent { Some((parent, at)) => { "at " (at) " of timeline " (parent) }, None => "-" } }
                 td { (match run.proof { Proof::Proven => "proven", Proof::Unproven => "stored as they came, format not known" }) }
             } } }
         } }

@@ -7,7 +7,7 @@ use crate::catalog::{Crc32, DirectoryContents, DirectoryDigest, FactKind, IndexE
 use crate::cli::gaps::report::{self, BackupReport, GapReport, TimelineReport};
 use crate::codec::Form;
 use crate::repository::layout::WalDirectory;
-use crate::wal::{SegmentName, SegmentNumber, SegmentSize, SegmentSummary};
+use crate::wal::{Lsn, SegmentName, SegmentNumber, SegmentSize, SegmentSummary, TimelineId};
 
 const GIB: u64 = 1 << 30;
 
