@@ -22,6 +22,7 @@ mod restores;
 mod s3_conformance;
 mod s3_faults;
 mod s3_server;
+mod schedule;
 mod servers_start;
 mod several;
 mod several_real;
