@@ -198,3 +198,6 @@ pub async fn is_whole(
     }
     Ok(false)
 }
+
+#[cfg(test)]
+mod tests;

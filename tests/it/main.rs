@@ -12,6 +12,7 @@ mod find;
 mod forks;
 mod hostile;
 mod many;
+mod mend;
 mod monitoring;
 mod prefetch;
 mod proof;
