@@ -213,6 +213,12 @@ impl Scenario {
             return Ok(());
         }
         self.take_back(&plan);
+        for gone in plan.removed_backups() {
+            if stops(&mut self.rng) {
+                return Ok(());
+            }
+            self.archive.backups.get_mut(&gone.id).unwrap().is_dead = true;
+        }
         if let Some(broken) = promise.broken(&self.archive) {
             return Err(format!("announced: {broken}"));
         }
@@ -317,9 +323,6 @@ impl Scenario {
                 at: stamp(self.time.real),
                 segments: plan.announce.clone(),
             });
-        }
-        for gone in plan.removed_backups() {
-            self.archive.backups.get_mut(&gone.id).unwrap().is_dead = true;
         }
         id.to_string()
     }
