@@ -30,3 +30,6 @@ pub use inventory::{
 };
 pub use plan::{BackupVerdict, Fate, IndexVerdict, Outcome, Plan, Standing, WalVerdict, plan};
 pub use policy::{Ages, Gfs, Policy};
+
+#[cfg(test)]
+mod tests;

@@ -318,6 +318,10 @@ impl<'a> Rules<'_, 'a> {
                     (None, None) => continue,
                 };
                 needs.rule(base.0.id, why);
+                // Where an age shorter than the window takes all others, the window would begin with this one for ever.
+                if let Some((next, _)) = of_stretch().find(|(_, completed)| completed.stop_lsn > base.1.stop_lsn) {
+                    needs.rule(next.id, format!("it is the next that the window of {words} will begin with"));
+                }
                 let reason = format!("the window of {words} begins {}, with backup {}", day(begin), base.0.id);
                 needs.wal_along(self.survey, &line.path, base.1.start_lsn..stretch.to, Rank::Line, &reason);
             }

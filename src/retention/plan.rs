@@ -369,20 +369,23 @@ impl Verdicts<'_, '_> {
             let going: Vec<Range<u64>> = going.filter_map(|it| self.numbers(it.first, it.last)).collect();
             let staying = of_timeline.iter().filter(|it| it.fate != Fate::Remove);
             let staying: Vec<Range<u64>> = staying.filter_map(|it| self.numbers(it.first, it.last)).collect();
+            let needed = self.needs.wal.get(&timeline).into_iter().flatten().map(|need| need.segments.clone());
+            let stays = merged(needed.chain(staying.iter().cloned()).collect());
+            // An index object may be all that is left of its segments.
             let indexed = inventory.indexes.iter().filter(|it| it.name.first.timeline == timeline);
             let indexed = indexed.filter_map(|it| self.numbers(it.name.first, it.name.last));
-            let ends: Vec<Range<u64>> = going.iter().cloned().chain(indexed).chain(known.iter().cloned()).collect();
-            let (Some(from), Some(to)) = (ends.iter().map(|it| it.start).min(), ends.iter().map(|it| it.end).max())
-            else {
+            let free = |range: &Range<u64>| !stays.iter().any(|it| it.start < range.end && range.start < it.end);
+            let going: Vec<Range<u64>> = going.into_iter().chain(indexed.filter(free)).collect();
+            let ends = || going.iter().chain(&known);
+            let (Some(from), Some(to)) = (ends().map(|it| it.start).min(), ends().map(|it| it.end).max()) else {
                 continue;
             };
-            let needed = self.needs.wal.get(&timeline).into_iter().flatten().map(|need| need.segments.clone());
-            let mut free = subtract(vec![from..to], needed.chain(staying.iter().cloned()));
+            let mut free = subtract(vec![from..to], stays.iter().cloned());
             if going.is_empty() {
                 free.clear();
             }
             let gone = subtract(known.clone(), staying.iter().cloned());
-            let ranges = merged(free.into_iter().chain(gone).chain(going.iter().cloned()).collect());
+            let ranges = merged(free.into_iter().chain(gone).collect());
             is_new |= ranges != known;
             all.extend(ranges.iter().filter_map(|range| self.names(timeline, range)));
         }
