@@ -86,7 +86,7 @@ mod tests {
         let mut progress = BackupProgress { phase: BackupPhase::Copying, ..BackupProgress::default() };
         guard.note(&progress);
         for bytes in 1..20 {
-            assert!(!expires(&guard, 60).await);
+            assert!(!expires(&guard, 40).await);
             // Of what is told, only what moved counts.
             progress.raw_bytes = bytes / 2;
             progress.bytes_per_second = Some(bytes);
