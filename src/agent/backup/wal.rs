@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Place;
 use crate::agent::cluster::Status;
-use crate::catalog::{CatalogError, Expired, FactKind, Piece};
+use crate::catalog::{CatalogError, Expired, Piece};
 use crate::continuity;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::wal::{Lsn, SegmentSize, TimelineId};
@@ -122,7 +122,7 @@ async fn told(status: &mut watch::Receiver<Status>, repository: usize, stop: Lsn
 async fn held(place: &Place, needed: Needed) -> Result<Held, CatalogError> {
     let (archive, size) = (&place.archive, needed.segment_size);
     let facts = archive.ledger().await?;
-    let expired = Expired::of(facts.iter().filter(|fact| fact.kind == FactKind::Expired));
+    let expired = Expired::of(&facts);
     let (_, directories) = archive.wal_listing().await?;
     let high = |lsn: Lsn| u32::try_from(lsn.0 >> 32).unwrap_or(u32::MAX);
     let range = high(needed.start)..=high(needed.stop);

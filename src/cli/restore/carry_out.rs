@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::cli::args::{Global, RestoreArgs};
 use crate::cli::{output, setup};
 use crate::error::{ExitCode, Failure};
-use crate::restore::execute::{self, ExecuteOptions, Mapping, Phase, RestoreProgress, Restored};
+use crate::restore::execute::{self, ExecuteOptions, Mapping, Phase, RestoreError, RestoreProgress, Restored};
 use crate::restore::plan::RestorePlan;
 use crate::restore::wal_get::Holder;
 use crate::secret::Secret;
@@ -23,12 +23,20 @@ const SAY_INTERVAL: Duration = Duration::from_secs(10);
 /// Settings may come by the environment of whoever restores; the server's has none of them.
 const VARIABLES: &str = "SEAWALL__";
 
+/// What came of it.
+#[derive(Debug)]
+pub enum Carried {
+    Out,
+    /// Something it needs began to be deleted between the plan and its pin; nothing was written.
+    Overtaken(Failure),
+}
+
 pub async fn carry_out(
     global: &Global,
     args: &RestoreArgs,
     plan: &RestorePlan,
     holders: &[Holder],
-) -> Result<(), Failure> {
+) -> Result<Carried, Failure> {
     let config = setup::config_path(global)?;
     let options = options(global, args, plan, config.as_deref())?;
     let (progress, watching) = watch::channel(RestoreProgress::default());
@@ -39,13 +47,16 @@ pub async fn carry_out(
         () = shown.follow(watching) => unreachable!("it follows for as long as it is asked to"),
     };
     shown.finish();
-    let mut restored = restored?;
+    let mut restored = match restored {
+        Err(error @ RestoreError::Overtaken { .. }) => return Ok(Carried::Overtaken(error.into())),
+        restored => restored?,
+    };
     restored.remarks.extend(unreachable_config(config.as_deref(), &restored.pgdata));
     match global.json {
         true => output::json(&ShownRestored::of(plan, &restored, started.elapsed())),
         false => output::text(&in_words(plan, &restored, started.elapsed())),
     }
-    Ok(())
+    Ok(Carried::Out)
 }
 
 fn options(
