@@ -43,6 +43,7 @@
 //! | [`archiver`] | a segment's life: compress, store, index; tails |
 //! | [`backup`] | a base backup: verified, cut into volumes, stored |
 //! | [`restore`] | what can be restored, restoring it, the `restore_command`, and WAL held ready ahead of it |
+//! | [`retention`] | what stays, what goes, and why |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
 //! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |
@@ -85,6 +86,7 @@ pub mod receiver;
 pub mod replication;
 pub mod repository;
 pub mod restore;
+pub mod retention;
 pub mod secret;
 pub mod spool;
 pub mod telemetry;
