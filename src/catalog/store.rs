@@ -4,6 +4,7 @@
 //! A truncated, empty or foreign object is an error that names it, never "no data". Unknown names are left alone.
 
 mod backups;
+pub mod inventory;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
