@@ -4,6 +4,10 @@
 //! ([`calendar`]), what needs what ([`needs`]), and the verdict on every object ([`plan`]); proto-notes/10-retention.md.
 //! Beside that: reading an inventory ([`read`]) and carrying a plan out ([`apply`], objects one by one in `delete`).
 //! Does not own: listing a repository (`catalog/store/inventory.rs`), when anything expires (`agent`), by whose word (`cli`).
+//! Owns: the rules ([`policy`]), what one repository holds of one lineage ([`inventory`]) and what that means (`survey`), how
+//! old anything in it is ([`calendar`]), what needs what (`needs`), and the verdict on every object ([`mod@plan`]);
+//! proto-notes/10-retention.md.
+//! Does not own: reading a repository (`catalog/store`), carrying a plan out (`apply`), when that is done (`agent`).
 //!
 //! Everything but `read`, `apply` and `delete` is pure: a plan follows from an inventory, a policy and the time of day alone, and every rule is
 //! decided for keeping more where it could be read two ways:
@@ -20,13 +24,16 @@
 
 pub mod apply;
 mod delete;
+pub mod calendar;
 pub mod inventory;
+mod needs;
 pub mod plan;
 pub mod policy;
 pub mod read;
+mod survey;
 
 pub use inventory::{
     Announcement, Completed, Debris, DebrisKind, HeldBackup, HeldIndex, HeldPin, HeldSegment, Inventory,
 };
-pub use plan::{BackupVerdict, DebrisVerdict, Fate, IndexVerdict, Plan, Standing, WalVerdict, plan};
+pub use plan::{BackupVerdict, Fate, IndexVerdict, Outcome, Plan, Standing, WalVerdict, plan};
 pub use policy::{Ages, Gfs, Policy};
