@@ -274,7 +274,7 @@ impl Job<'_> {
     /// Takes back what earlier runs have announced and the plan keeps.
     async fn take_back(&self, inventory: &Inventory, plan: &Plan) -> Result<(), Failure> {
         let revived: Vec<BackupId> =
-            plan.backups.iter().filter(|it| it.fate == Fate::Keep && it.is_dead).map(|it| it.id).collect();
+            plan.backups.iter().filter(|it| it.fate == Fate::TakeBack).map(|it| it.id).collect();
         if revived.is_empty() && plan.withdraw.is_empty() {
             return Ok(());
         }
