@@ -7,6 +7,7 @@ mod absence;
 pub mod backup;
 pub mod cluster;
 mod drain;
+pub mod expire;
 mod known;
 pub mod observer;
 pub mod opening;
@@ -26,10 +27,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{ExitCode, Failure};
+use crate::retention::Policy;
 use crate::wal::Lsn;
 use backup::BackupSettings;
 use backup::keeper::Keeper;
 use cluster::{ClusterAgent, Status};
+use expire::Expirer;
 use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
 
@@ -44,6 +47,8 @@ pub struct Assignment {
     pub world: World,
     pub options: ClusterOptions,
     pub backups: BackupSettings,
+    /// What expires after each good backup; `None`: nothing does by itself.
+    pub retention: Option<Policy>,
 }
 
 /// Every cluster of the process. One failing never touches another.
@@ -51,6 +56,7 @@ pub struct Assignment {
 pub struct Fleet {
     clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
     keepers: Vec<Keeper>,
+    expirers: Vec<Expirer>,
     observer: Observer,
     stop: CancellationToken,
 }
@@ -63,8 +69,9 @@ impl Fleet {
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
         let mut keepers = Vec::new();
+        let mut expirers = Vec::new();
         let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
-        for Assignment { world, options, backups } in assignments {
+        for Assignment { world, options, backups, retention } in assignments {
             let name = options.name.clone();
             let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
             if is_alone {
@@ -73,10 +80,16 @@ impl Fleet {
             let (keeper, kept) =
                 Keeper::new(world.clone(), options.clone(), backups, status.clone(), turns.clone(), stop.clone());
             keepers.push(keeper);
-            subjects.push(Subject { world, options, status: status.clone(), backups: kept });
+            let expiring = retention.map(|policy| {
+                let (world, options, status) = (world.clone(), options.clone(), status.clone());
+                let (expirer, facts) = Expirer::new(world, options, policy, status, kept.clone(), stop.clone());
+                expirers.push(expirer);
+                facts
+            });
+            subjects.push(Subject { world, options, status: status.clone(), backups: kept, retention: expiring });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, keepers, observer: Observer::new(subjects, stop.clone()), stop }
+        Fleet { clusters, keepers, expirers, observer: Observer::new(subjects, stop.clone()), stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -90,6 +103,7 @@ impl Fleet {
         let is_alone = self.clusters.len() == 1;
         let mut running = JoinSet::new();
         let mut keeping: JoinSet<()> = self.keepers.into_iter().map(Keeper::run).collect();
+        self.expirers.into_iter().for_each(|expirer| drop(keeping.spawn(expirer.run())));
         for (name, agent, status) in self.clusters {
             if let Some(until) = until {
                 tokio::spawn(stop_at(until, status, self.stop.clone()));

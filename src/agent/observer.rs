@@ -23,6 +23,7 @@ use crate::monitor::health::{
     BackupFacts, ClusterFacts, LossClock, Positions, RepositoryFacts, RepositoryState, SlotFacts, SpoolFacts,
 };
 use crate::monitor::http::Source;
+use crate::monitor::retention::RetentionFacts;
 use crate::monitor::status::State;
 use crate::postgres::sql::{self, SlotRow};
 use crate::receiver::{Acknowledge, Activity};
@@ -46,6 +47,7 @@ struct Observed {
     options: ClusterOptions,
     status: watch::Receiver<Status>,
     backups: watch::Receiver<BackupFacts>,
+    retention: Option<watch::Receiver<RetentionFacts>>,
     kept: Mutex<Kept>,
 }
 
@@ -89,6 +91,8 @@ pub struct Subject {
     pub options: ClusterOptions,
     pub status: watch::Receiver<Status>,
     pub backups: watch::Receiver<BackupFacts>,
+    /// Where the agent expires by itself.
+    pub retention: Option<watch::Receiver<RetentionFacts>>,
 }
 
 impl Observer {
@@ -98,6 +102,7 @@ impl Observer {
             options: subject.options,
             status: subject.status,
             backups: subject.backups,
+            retention: subject.retention,
             kept: Mutex::default(),
         };
         Observer { clusters: Arc::new(subjects.into_iter().map(observed).collect()), started: Instant::now(), stop }
@@ -224,6 +229,7 @@ impl Observed {
             slot: self.slot_facts(kept.slot.as_ref()),
             gaps: kept.gaps.as_ref().map(|gaps| gaps.open),
             backups: self.backups.borrow().clone(),
+            retention: self.retention.as_ref().map(|facts| facts.borrow().clone()).unwrap_or_default(),
             failure: status.failure.as_ref().map(Failure::to_string),
             contract_broken: broken_contract(watched),
             accidental_standby: self.options.synchronous.is_none()

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::backup::{BackupEntry, BackupRunning};
+use super::retention::RetentionStatus;
 use crate::receiver::Acknowledge;
 use crate::wal::Lsn;
 
@@ -41,6 +42,9 @@ pub struct ClusterStatus {
     pub last_backup: Option<BackupEntry>,
     /// Taken by the agent at this moment.
     pub backup_running: Option<BackupRunning>,
+    /// What the agent has expired; `None` where it does not, or is not asked.
+    #[serde(default)]
+    pub retention: Option<RetentionStatus>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     pub window: Option<Window>,
     /// Open ones.

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::delete::Deleting;
 use super::inventory::Inventory;
-use super::plan::{Fate, Plan, Standing, plan};
+use super::plan::{BackupVerdict, Fate, Plan, Standing, plan};
 use super::policy::Policy;
 use super::read;
 use crate::catalog::backup::DeadFile;
@@ -151,6 +151,14 @@ pub async fn expire(job: &Job<'_>) -> Result<Expiry, Failure> {
     Err(Failure::new(ExitCode::TryAgain, message).disposition(Disposition::Retry).hint("try again in a moment"))
 }
 
+fn dead_files(plan: &Plan, at: Timestamp) -> Vec<DeadFile> {
+    let dead = |verdict: &BackupVerdict| {
+        let reason = verdict.reasons.join("; ");
+        DeadFile { schema: SCHEMA, id: verdict.id, at, reason }
+    };
+    plan.removed_backups().map(dead).collect()
+}
+
 /// What became of an announcement.
 enum Word {
     Stands,
@@ -217,11 +225,10 @@ impl Job<'_> {
         let key = self.ledger_key(&fact);
         self.create(&key, &fact).await?;
         let mut ours = Vec::new();
-        for verdict in plan.removed_backups() {
-            let reason = verdict.reasons.join("; ");
-            let file = DeadFile { schema: SCHEMA, id: verdict.id, at, reason };
+        let files: Vec<DeadFile> = dead_files(plan, at);
+        for file in files {
             if self.archive.put_dead(&file).await? {
-                ours.push(verdict.id);
+                ours.push(file.id);
             }
         }
         let later = read::read_needs_again(self.archive, inventory).await?;

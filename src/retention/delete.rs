@@ -8,12 +8,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::apply::{ExpireProgress, Freed, Job, Locked};
-use super::plan::{BackupVerdict, Plan};
+use super::inventory::Debris;
+use super::plan::Plan;
 use crate::catalog::contents::DirectoryContents;
 use crate::catalog::store::inventory::HeldObject;
 use crate::catalog::{Expired, SegmentRange};
 use crate::error::Failure;
-use crate::repository::layout::WalDirectory;
+use crate::repository::layout::{BackupId, WalDirectory};
 use crate::repository::{Key, StoreError, StoreErrorKind};
 use crate::wal::{SegmentName, TimelineId};
 
@@ -47,10 +48,10 @@ impl<'a, 'b> Deleting<'a, 'b> {
         let progress = ExpireProgress { objects_total, bytes_total, ..ExpireProgress::default() };
         self.job.progress.send_replace(progress);
         // Children before what they build on.
-        let mut backups: Vec<&BackupVerdict> = self.plan.removed_backups().collect();
+        let mut backups: Vec<BackupId> = self.plan.removed_backups().map(|verdict| verdict.id).collect();
         backups.reverse();
-        for verdict in backups {
-            self.delete_backup(verdict).await?;
+        for id in backups {
+            self.delete_backup(id).await?;
         }
         self.delete_wal().await?;
         let index = |it: &super::plan::IndexVerdict| HeldObject {
@@ -59,7 +60,8 @@ impl<'a, 'b> Deleting<'a, 'b> {
         };
         let indexes: Vec<HeldObject> = self.plan.indexes.iter().map(index).collect();
         self.delete(&indexes).await?;
-        for kind in self.plan.debris.chunk_by(|one, next| one.kind == next.kind) {
+        let debris: Vec<&[Debris]> = self.plan.debris.chunk_by(|one, next| one.kind == next.kind).collect();
+        for kind in debris {
             let objects: Vec<HeldObject> =
                 kind.iter().map(|it| HeldObject { key: it.key.clone(), bytes: it.bytes }).collect();
             self.delete(&objects).await?;
@@ -68,8 +70,8 @@ impl<'a, 'b> Deleting<'a, 'b> {
     }
 
     /// Step by step: what would make it count again goes first, what says that it is dead last.
-    async fn delete_backup(&mut self, verdict: &BackupVerdict) -> Result<(), Failure> {
-        let (archive, id) = (&self.job.archive, verdict.id);
+    async fn delete_backup(&mut self, id: BackupId) -> Result<(), Failure> {
+        let archive = self.job.archive;
         if !archive.is_dead(id).await? {
             // Taken back by somebody, or gone since: never without its announcement.
             return Ok(());
@@ -82,7 +84,8 @@ impl<'a, 'b> Deleting<'a, 'b> {
             Some(at) => at + 1,
             None => 1,
         };
-        for objects in objects.chunk_by(|one, next| step(one) == step(next)) {
+        let steps: Vec<&[HeldObject]> = objects.chunk_by(|one, next| step(one) == step(next)).collect();
+        for objects in steps {
             if !self.delete(objects).await? {
                 return Ok(());
             }

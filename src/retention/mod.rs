@@ -23,8 +23,8 @@
 //! * Ages are counted on the archive's own calendar (`calendar.rs`): a clock that jumped makes nothing old.
 
 pub mod apply;
-mod delete;
 pub mod calendar;
+mod delete;
 pub mod inventory;
 mod needs;
 pub mod plan;

@@ -71,11 +71,14 @@ pub async fn read_needs_again(archive: &Archive, before: &Inventory) -> Result<I
     let mut inventory = before.clone();
     inventory.pins = read_pins(archive).await?;
     for id in archive.backup_ids().await? {
-        match inventory.backups.iter_mut().find(|held| held.id == id) {
-            // Nothing under a complete one changes but `dead.json`, and that one we have put ourselves.
-            Some(held) if held.completed.is_some() => {}
+        let known = inventory.backups.iter().position(|held| held.id == id);
+        // Nothing under a complete one changes but `dead.json`, and that one we have put ourselves.
+        if known.is_some_and(|at| inventory.backups[at].completed.is_some()) {
+            continue;
+        }
+        let record = archive.backup_record(id).await?;
+        match known.map(|at| &mut inventory.backups[at]) {
             Some(held) => {
-                let record = archive.backup_record(id).await?;
                 if let Some(file) = &record.backup {
                     held.completed = Some(super::inventory::Completed::of(file));
                     // It was finished by one that was taken for gone, and may have seen no `dead.json`.
@@ -83,7 +86,7 @@ pub async fn read_needs_again(archive: &Archive, before: &Inventory) -> Result<I
                 }
             }
             None => {
-                let mut held = HeldBackup::of(&archive.backup_record(id).await?);
+                let mut held = HeldBackup::of(&record);
                 held.is_leased_alive = true;
                 inventory.backups.push(held);
             }
@@ -196,8 +199,10 @@ async fn read_backups(archive: &Archive, damages: &Damages, now: Timestamp) -> R
     let shelf = archive.shelf().await?;
     let outcomes: BTreeMap<BackupId, Outcome> =
         shelf::union(&[("", &shelf)], now).into_iter().map(|shelved| (shelved.id, shelved.outcome)).collect();
-    let read = stream::iter(&shelf.records).map(|record| async {
-        let objects = archive.backup_objects(record.id).await?;
+    let ids: Vec<BackupId> = shelf.records.iter().map(|record| record.id).collect();
+    let read = stream::iter(ids).map(|id| async move { archive.backup_objects(id).await });
+    let objects: Vec<Vec<HeldObject>> = read.buffered(BACKUPS).try_collect().await?;
+    let held = shelf.records.iter().zip(objects).map(|(record, objects)| {
         let mut held = HeldBackup::of(record);
         held.is_leased_alive = outcomes.get(&record.id) == Some(&Outcome::Running);
         held.is_failed = shelf.failed.contains_key(&record.id);
@@ -205,9 +210,9 @@ async fn read_backups(archive: &Archive, damages: &Damages, now: Timestamp) -> R
             || record.backup.as_ref().is_some_and(|file| lacks_objects(archive, record, file, &objects));
         held.bytes = objects.iter().map(|object| object.bytes).sum();
         held.objects = u32::try_from(objects.len()).unwrap_or(u32::MAX);
-        Ok::<_, CatalogError>(held)
+        held
     });
-    read.buffered(BACKUPS).try_collect().await
+    Ok(held.collect())
 }
 
 /// Whether anything that `backup.json` names is not there in its size.
