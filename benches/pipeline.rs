@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use jiff::Timestamp;
-use seawall::agent::backup::BackupSettings;
+use seawall::agent::backup::{BackupSettings, HUNG_AFTER};
 use seawall::agent::world::{ClusterOptions, Repository, World};
 use seawall::agent::{Assignment, Fleet};
 use seawall::archiver::Workers;
 use seawall::backup::BackupOptions;
 use seawall::codec::encrypt::Keys;
 use seawall::codec::{Encoder, FRAME_BYTES, LEVEL_DEFAULT};
+use seawall::config::ScheduleConfig;
 use seawall::receiver::{Acknowledge, Clock};
 use seawall::replication::SlotName;
 use seawall::testkit::logins::ModelLogins;
@@ -103,7 +104,13 @@ fn receive(criterion: &mut Criterion) {
             server.with(|state| set_flush(state, START));
             let run = async {
                 let stop = CancellationToken::new();
-                let backups = BackupSettings { automatic: false, options: BackupOptions::default(), from: None };
+                let backups = BackupSettings {
+                    automatic: false,
+                    options: BackupOptions::default(),
+                    from: None,
+                    schedule: ScheduleConfig::default(),
+                    hung_after: HUNG_AFTER,
+                };
                 let assignment = Assignment { world, options: options(), backups };
                 let agent = tokio::spawn(Fleet::new(vec![assignment], stop).run(Some(writer.flush_lsn())));
                 while server.with(|state| state.sent.is_empty()) {

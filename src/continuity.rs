@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::catalog::{Catalog, FactKind, Holdings, LedgerFact, Piece, Source};
+use crate::catalog::contents::segment_span;
+use crate::catalog::union::{Holdings, Part, Span};
+use crate::catalog::{Catalog, FactKind, LedgerFact};
 use crate::wal::{History, Lsn, Proof, SegmentSize, TimelineId};
 
 /// Contiguous bytes [from, to) of one timeline, every one of them in an object.
@@ -26,17 +28,19 @@ pub struct Run {
     pub proof: Proof,
 }
 
-/// The runs of one timeline, from its pieces in any order. Pieces may overlap: no byte is counted that is in none.
-pub fn runs(timeline: TimelineId, mut pieces: Vec<Piece>) -> Vec<Run> {
-    pieces.sort_by_key(|piece| (piece.from, piece.to));
+/// The runs of one timeline, from pieces or longer spans in any order. They may overlap: no byte is counted that is in
+/// none.
+pub fn runs(timeline: TimelineId, spans: impl IntoIterator<Item: Into<Span>>) -> Vec<Run> {
+    let mut spans: Vec<Span> = spans.into_iter().map(Into::into).filter(|span| span.from < span.to).collect();
+    spans.sort_by_key(|span| (span.from, span.to));
     let mut runs: Vec<Run> = Vec::new();
-    for piece in pieces.into_iter().filter(|piece| piece.from < piece.to) {
+    for span in spans {
         match runs.last_mut() {
-            Some(run) if piece.from <= run.to => extend(run, &piece),
+            Some(run) if span.from <= run.to => extend(run, &span),
             _ => {
-                let (from, last_commit) = (piece.from, None);
+                let (from, last_commit) = (span.from, None);
                 let mut run = Run { timeline, from, to: from, sealed_to: from, last_commit, proof: Proof::Proven };
-                extend(&mut run, &piece);
+                extend(&mut run, &span);
                 runs.push(run);
             }
         }
@@ -44,15 +48,15 @@ pub fn runs(timeline: TimelineId, mut pieces: Vec<Piece>) -> Vec<Run> {
     runs
 }
 
-fn extend(run: &mut Run, piece: &Piece) {
-    if piece.to > run.to {
-        run.to = piece.to;
-        run.last_commit = piece.last_commit.or(run.last_commit);
+fn extend(run: &mut Run, span: &Span) {
+    if span.to > run.to {
+        run.to = span.to;
+        run.last_commit = span.last_commit.or(run.last_commit);
     }
-    if let Source::Sealed(_) = piece.source {
-        run.sealed_to = run.sealed_to.max(piece.to);
+    if span.is_sealed {
+        run.sealed_to = run.sealed_to.max(span.to);
     }
-    if piece.proof == Proof::Unproven {
+    if span.proof == Proof::Unproven {
         run.proof = Proof::Unproven;
     }
 }
@@ -181,7 +185,7 @@ pub fn gaps_of(held: &Holdings) -> Vec<Gap> {
     let size = held.segment_size;
     let runs = all_runs(held);
     let start_timeline = held.start_timeline;
-    let path = latest_path(&held.histories, held.pieces.keys().copied(), start_timeline);
+    let path = latest_path(&held.histories, held.parts.keys().copied(), start_timeline);
     let mut holes: BTreeSet<Hole> = BTreeSet::new();
     if let Some(path) = &path {
         let start = held.start_lsn.filter(|_| path.contains(start_timeline));
@@ -198,12 +202,12 @@ pub fn gaps_of(held: &Holdings) -> Vec<Gap> {
     };
     // What was expired on purpose is neither a gap nor healed.
     let forgotten = |hole: &Hole| subtract(*hole, held.expired(hole.timeline)).is_empty();
-    with_facts(holes, &held.ledger, is_held, forgotten)
+    with_facts(holes, &held.ledger, size, is_held, forgotten)
 }
 
 /// The runs of every timeline, timelines in order.
 pub fn all_runs(held: &Holdings) -> Vec<Run> {
-    held.pieces.iter().flat_map(|(&timeline, pieces)| runs(timeline, pieces.clone())).collect()
+    held.parts.iter().flat_map(|(&timeline, parts)| runs(timeline, parts.iter().map(Part::span))).collect()
 }
 
 /// WAL [from, to) that one repository does not hold while others do.
@@ -225,7 +229,7 @@ impl Lack {
 /// the end of the newest timeline is no hole.
 pub fn lacks(all: &Holdings, one: &Holdings) -> Vec<Lack> {
     let own = all_runs(one);
-    let newest = all.pieces.keys().next_back().copied();
+    let newest = all.parts.keys().next_back().copied();
     let mut lacks = Vec::new();
     for run in all_runs(all) {
         let hole = Hole { timeline: run.timeline, from: run.from, to: run.to };
@@ -302,15 +306,18 @@ fn subtract(hole: Hole, ranges: &[(Lsn, Lsn)]) -> Vec<Hole> {
 fn with_facts(
     holes: Vec<Hole>,
     ledger: &[LedgerFact],
+    size: SegmentSize,
     held: impl Fn(&Hole) -> bool,
     forgotten: impl Fn(&Hole) -> bool,
 ) -> Vec<Gap> {
     let recorded: Vec<(Hole, &LedgerFact)> = facts(ledger, &[FactKind::Gap, FactKind::CorruptAtSource]);
     let healed: Vec<(Hole, &LedgerFact)> = facts(ledger, &[FactKind::GapHealed]);
+    // They say why a hole is one, and no more: what was mended was never missed.
+    let damaged = damaged_segments(ledger, size);
     let mut gaps: Vec<Gap> = Vec::new();
     for hole in &holes {
         let mut gap = Gap::new(*hole);
-        if let Some((_, fact)) = recorded.iter().find(|(known, _)| overlap(known, hole)) {
+        if let Some((_, fact)) = recorded.iter().chain(&damaged).find(|(known, _)| overlap(known, hole)) {
             (gap.detected, gap.cause) = (Some(fact.at), Some(fact.cause.clone()));
         }
         heal(&mut gap, hole, &healed);
@@ -350,6 +357,16 @@ fn facts<'a>(ledger: &'a [LedgerFact], kinds: &[FactKind]) -> Vec<(Hole, &'a Led
     ledger.iter().filter(|fact| kinds.contains(&fact.kind)).filter_map(about).collect()
 }
 
+fn damaged_segments(ledger: &[LedgerFact], size: SegmentSize) -> Vec<(Hole, &LedgerFact)> {
+    let segment = |fact: &LedgerFact| {
+        let name = fact.segments.first()?.first;
+        let span = segment_span(name, size)?;
+        Some(Hole { timeline: name.timeline, from: span.start, to: span.end })
+    };
+    let damaged = ledger.iter().filter(|fact| fact.kind == FactKind::Damaged);
+    damaged.filter_map(|fact| Some((segment(fact)?, fact))).collect()
+}
+
 fn overlap(a: &Hole, b: &Hole) -> bool {
     a.timeline == b.timeline && a.from < b.to && b.from < a.to
 }
@@ -357,6 +374,7 @@ fn overlap(a: &Hole, b: &Hole) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::{Piece, Source};
     use crate::codec::Form;
     use crate::repository::layout::{Epoch, TailName};
     use proptest::prelude::*;
@@ -448,7 +466,7 @@ mod tests {
         healed.healed_by = Some("20261122T110000Z-full".into());
         let facts = [gap(0, 16), gap(32, 64), gap(70, 72), gap(100, 120), gap(200, 220), healed];
         let holes = vec![hole(8, 16), hole(32, 64), hole(80, 96)];
-        let gaps = with_facts(holes, &facts, |hole| hole.to.0 == 72, |hole| hole.to.0 == 120);
+        let gaps = with_facts(holes, &facts, SIZE, |hole| hole.to.0 == 72, |hole| hole.to.0 == 120);
         let states: Vec<_> = gaps.iter().map(|gap| (gap.from.0, gap.state, gap.detected.is_some())).collect();
         use GapState::*;
         assert_eq!(
@@ -482,7 +500,7 @@ mod tests {
             let size = SegmentSize::new(8 * MIB).unwrap();
             let path = history(2, &format!("1\t0/{:X}\tx\n", fork * MIB));
             let of = |timeline: u32, raw: &[(u64, u64)]| {
-                let pieces = raw.iter().map(|(from, len)| piece(from * MIB, (from + len) * MIB)).collect();
+                let pieces = raw.iter().map(|(from, len)| piece(from * MIB, (from + len) * MIB));
                 runs(TimelineId(timeline), pieces)
             };
             let (parent, child) = (of(1, &parent), of(2, &child));

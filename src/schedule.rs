@@ -74,6 +74,8 @@ pub struct Moment {
 pub struct Next {
     /// By the clock, its jitter in it; `None`: not known beforehand.
     pub at: Option<Timestamp>,
+    /// When WAL has come so far; `None`: that does not matter, or is not known.
+    pub at_lsn: Option<Lsn>,
     pub is_due: bool,
     /// For people: the line, and what is to say about it.
     pub because: String,
@@ -105,12 +107,17 @@ pub fn next(line: &Line, timing: &Timing, runs: &[Ran], moment: &Moment) -> Next
         Line::Every(interval) => every(*interval, base()),
     };
     let Some(time) = at else {
-        return Next { at: None, is_due: false, because: format!("{line}: not before the calendar ends") };
+        return Next {
+            at: None,
+            at_lsn: None,
+            is_due: false,
+            because: format!("{line}: not before the calendar ends"),
+        };
     };
     let at = time.checked_add(jitter(timing, time)).unwrap_or(time);
     let late = moment.now.duration_since(at);
     let because = if late > LATE { format!("{line}, missed at {at:.0}") } else { line.to_string() };
-    Next { at: Some(at), is_due: !late.is_negative(), because }
+    Next { at: Some(at), at_lsn: None, is_due: !late.is_negative(), because }
 }
 
 /// The first of `nexts` that is due: put what includes the others first.
@@ -148,16 +155,17 @@ fn every(interval: Duration, base: Base) -> Option<Timestamp> {
 
 fn after(line: &Line, bytes: u64, runs: &[Ran], moment: &Moment) -> Next {
     let Some(lsn) = moment.lsn else {
-        return Next { at: None, is_due: false, because: format!("{line} of WAL") };
+        return Next { at: None, at_lsn: None, is_due: false, because: format!("{line} of WAL") };
     };
     // One that began further on is one of a line that was left.
     let last = runs.iter().filter_map(|run| run.start_lsn).filter(|start| *start <= lsn).max();
     let written = lsn.0 - last.unwrap_or(Lsn::ZERO).0;
+    let at_lsn = last.unwrap_or(Lsn::ZERO).0.checked_add(bytes).map(Lsn);
     let because = match last {
         Some(_) => format!("{line} of WAL, {} so far", show_size(rounded(written))),
         None => format!("{line} of WAL, and none has been taken on this line"),
     };
-    Next { at: None, is_due: written >= bytes, because }
+    Next { at: None, at_lsn, is_due: written >= bytes, because }
 }
 
 /// As much as is worth showing.

@@ -9,6 +9,7 @@ pub mod cluster;
 mod drain;
 pub mod expire;
 mod known;
+pub mod mend;
 pub mod observer;
 pub mod opening;
 mod sentinel;
@@ -22,7 +23,7 @@ pub mod world;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -33,6 +34,7 @@ use backup::BackupSettings;
 use backup::keeper::Keeper;
 use cluster::{ClusterAgent, Status};
 use expire::Expirer;
+use mend::Mender;
 use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
 
@@ -57,6 +59,7 @@ pub struct Fleet {
     clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
     keepers: Vec<Keeper>,
     expirers: Vec<Expirer>,
+    menders: Vec<Mender>,
     observer: Observer,
     stop: CancellationToken,
 }
@@ -68,8 +71,7 @@ impl Fleet {
         let is_alone = assignments.len() == 1;
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
-        let mut keepers = Vec::new();
-        let mut expirers = Vec::new();
+        let (mut keepers, mut menders, mut expirers) = (Vec::new(), Vec::new(), Vec::new());
         let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
         for Assignment { world, options, backups, retention } in assignments {
             let name = options.name.clone();
@@ -79,17 +81,23 @@ impl Fleet {
             }
             let (keeper, kept) =
                 Keeper::new(world.clone(), options.clone(), backups, status.clone(), turns.clone(), stop.clone());
-            keepers.push(keeper);
+            // Whoever finds damage has it mended, and what cannot be has a backup taken, at once.
+            let (found, lost) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+            let signals = (found, lost.clone());
+            let (mender, mended) = Mender::new(world.clone(), options.clone(), status.clone(), signals, stop.clone());
+            keepers.push(keeper.beside(mended.clone(), lost));
+            menders.push(mender);
             let expiring = retention.map(|policy| {
                 let (world, options, status) = (world.clone(), options.clone(), status.clone());
                 let (expirer, facts) = Expirer::new(world, options, policy, status, kept.clone(), stop.clone());
                 expirers.push(expirer);
                 facts
             });
-            subjects.push(Subject { world, options, status: status.clone(), backups: kept, retention: expiring });
+            let retention = expiring;
+            subjects.push(Subject { world, options, status: status.clone(), backups: kept, retention, mended });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, keepers, expirers, observer: Observer::new(subjects, stop.clone()), stop }
+        Fleet { clusters, keepers, menders, expirers, observer: Observer::new(subjects, stop.clone()), stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -104,6 +112,8 @@ impl Fleet {
         let mut running = JoinSet::new();
         let mut keeping: JoinSet<()> = self.keepers.into_iter().map(Keeper::run).collect();
         self.expirers.into_iter().for_each(|expirer| drop(keeping.spawn(expirer.run())));
+        // What one was at is found again by the next.
+        let _mending: JoinSet<()> = self.menders.into_iter().map(Mender::run).collect();
         for (name, agent, status) in self.clusters {
             if let Some(until) = until {
                 tokio::spawn(stop_at(until, status, self.stop.clone()));

@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::cluster::{State as AgentState, Status};
+use super::mend::MendFacts;
 use super::session::{self, Watched, WatchedRepository};
 use super::slot;
 use super::world::{ClusterOptions, Repository, World};
@@ -48,6 +49,7 @@ struct Observed {
     status: watch::Receiver<Status>,
     backups: watch::Receiver<BackupFacts>,
     retention: Option<watch::Receiver<RetentionFacts>>,
+    mended: watch::Receiver<MendFacts>,
     kept: Mutex<Kept>,
 }
 
@@ -70,6 +72,8 @@ struct Kept {
 #[derive(Debug)]
 struct Gaps {
     open: usize,
+    /// Damaged objects then: what is damaged may be a gap, and what is mended none.
+    damaged: usize,
     looked: Instant,
     durable: Lsn,
     /// The newest backup then: a new one may have healed some.
@@ -93,6 +97,7 @@ pub struct Subject {
     pub backups: watch::Receiver<BackupFacts>,
     /// Where the agent expires by itself.
     pub retention: Option<watch::Receiver<RetentionFacts>>,
+    pub mended: watch::Receiver<MendFacts>,
 }
 
 impl Observer {
@@ -103,6 +108,7 @@ impl Observer {
             status: subject.status,
             backups: subject.backups,
             retention: subject.retention,
+            mended: subject.mended,
             kept: Mutex::default(),
         };
         Observer { clusters: Arc::new(subjects.into_iter().map(observed).collect()), started: Instant::now(), stop }
@@ -230,6 +236,7 @@ impl Observed {
             gaps: kept.gaps.as_ref().map(|gaps| gaps.open),
             backups: self.backups.borrow().clone(),
             retention: self.retention.as_ref().map(|facts| facts.borrow().clone()).unwrap_or_default(),
+            damaged: self.damaged(),
             failure: status.failure.as_ref().map(Failure::to_string),
             contract_broken: broken_contract(watched),
             accidental_standby: self.options.synchronous.is_none()
@@ -248,6 +255,11 @@ impl Observed {
             Some(watched) => watched.repositories.iter().map(facts_of).collect(),
             None => self.world.repositories.iter().map(unknown).collect(),
         }
+    }
+
+    fn damaged(&self) -> Option<(usize, String)> {
+        let mended = self.mended.borrow();
+        mended.first.clone().map(|first| (mended.open, first))
     }
 
     fn slot_facts(&self, seen: Option<&(Instant, Option<SlotRow>)>) -> SlotFacts {
@@ -285,15 +297,17 @@ impl Observed {
     fn may_have_new_gaps(&self, watched: &Watched) -> bool {
         let kept = self.kept.lock().expect("no holder panics");
         let durable = watched.progress.borrow().durable();
-        let backup = self.backups.borrow().last_id();
+        let (backup, damaged) = (self.backups.borrow().last_id(), self.mended.borrow().open);
         kept.gaps.as_ref().is_none_or(|gaps| {
-            gaps.looked.elapsed() >= GAPS_INTERVAL && gaps.durable != durable || gaps.backup != backup
+            let is_old = gaps.looked.elapsed() >= GAPS_INTERVAL && gaps.durable != durable;
+            is_old || gaps.backup != backup || gaps.damaged != damaged
         })
     }
 
     /// Of all repositories together: what one lacks and another holds is no gap.
     async fn look_for_gaps(&self, watched: &Watched) {
         let (durable, backup) = (watched.progress.borrow().durable(), self.backups.borrow().last_id());
+        let damaged = self.mended.borrow().open;
         let catalogs = future::join_all(watched.archives.iter().map(Archive::load_catalog)).await;
         let readable: Vec<&Catalog> = catalogs.iter().filter_map(|catalog| catalog.as_ref().ok()).collect();
         match Holdings::union(&readable) {
@@ -301,7 +315,7 @@ impl Observed {
                 let gaps = continuity::gaps_of(&holdings);
                 let open = gaps.iter().filter(|gap| gap.state == GapState::Open).count();
                 self.kept.lock().expect("no holder panics").gaps =
-                    Some(Gaps { open, looked: Instant::now(), durable, backup });
+                    Some(Gaps { open, damaged, looked: Instant::now(), durable, backup });
             }
             Ok(_) => tracing::debug!(cluster = self.options.name, "gaps cannot be looked for: nothing can be read"),
             Err(error) => tracing::debug!(cluster = self.options.name, %error, "gaps cannot be looked for"),

@@ -169,7 +169,7 @@ impl Recent {
 
     fn runs(&self) -> Vec<Run> {
         let of = |(&timeline, directories): (&TimelineId, &Vec<DirectoryContents>)| {
-            continuity::runs(timeline, directories.iter().flat_map(DirectoryContents::pieces).collect())
+            continuity::runs(timeline, directories.iter().flat_map(DirectoryContents::pieces))
         };
         self.timelines.iter().flat_map(of).collect()
     }

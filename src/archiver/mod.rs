@@ -7,9 +7,10 @@
 
 mod body;
 mod compare;
-mod copy;
+pub mod copy;
 mod encode;
 mod index;
+pub mod mend;
 mod outlet;
 mod push;
 mod queue;

@@ -227,6 +227,12 @@ impl Report {
         self.outcomes.iter().any(|outcome| outcome.result.is_ok())
     }
 
+    /// Of one that did not end when it was told to, and was left.
+    pub fn stopped(id: Option<BackupId>, repositories: &[String]) -> Report {
+        let outcome = |name: &String| Outcome { repository: name.clone(), result: Err(BackupError::Stopped) };
+        Report { id, outcomes: repositories.iter().map(outcome).collect() }
+    }
+
     /// Whether it exists in all of them.
     pub fn is_complete(&self) -> bool {
         self.outcomes.iter().all(|outcome| outcome.result.is_ok())

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use bytes::Bytes;
+use futures_util::future::join_all;
 use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +23,8 @@ use crate::repository::{Key, StoreError, StoreErrorKind, Upload};
 const CALL_DEADLINE: Duration = Duration::from_secs(120);
 /// For taking back what was begun, when nothing depends on it.
 const ABORT_DEADLINE: Duration = Duration::from_secs(10);
+/// Objects that are made durable at the same time, while another one flows.
+const COMPLETING_MAX: usize = 2;
 
 /// How a repository is treated.
 #[derive(Clone, Debug)]
@@ -101,20 +105,18 @@ fn no_answer(location: &str) -> StoreError {
     StoreError::new(StoreErrorKind::Unavailable, "use", location, cause)
 }
 
-/// Stores what comes until it is told that everything came.
+/// Stores what comes until it is told that everything came, and all of it is durable.
 pub async fn run_storing(
     archive: Archive,
     id: BackupId,
     mut items: mpsc::Receiver<StoreItem>,
     patience: Patience,
 ) -> Result<(), BackupError> {
-    let mut storing = Storing { archive, id, patience, upload: None };
+    let mut storing = Storing { archive, id, patience, upload: None, completing: JoinSet::new(), nameless: Vec::new() };
     let stored = storing.run(&mut items).await;
     // Before the abort, which may take its time: nobody waits to hand over more.
     drop(items);
-    if let Some(upload) = storing.upload.take() {
-        let _ = timeout(ABORT_DEADLINE, upload.abort()).await; // debris is the backend's to clean
-    }
+    let _ = timeout(ABORT_DEADLINE, storing.abort()).await; // debris is the backend's to clean
     stored
 }
 
@@ -124,7 +126,13 @@ struct Storing {
     id: BackupId,
     patience: Patience,
     upload: Option<Box<dyn Upload>>,
+    /// Objects of which every byte was taken, on their way to a name.
+    completing: JoinSet<Result<(), Nameless>>,
+    nameless: Vec<Box<dyn Upload>>,
 }
+
+/// An object that got no name, and why.
+type Nameless = (BackupError, Box<dyn Upload>);
 
 impl Storing {
     async fn run(&mut self, items: &mut mpsc::Receiver<StoreItem>) -> Result<(), BackupError> {
@@ -133,13 +141,17 @@ impl Storing {
             let item = tokio::select! {
                 biased;
                 () = stop.cancelled() => return Err(BackupError::Stopped),
-                item = items.recv() => item,
+                Some(completed) = self.completing.join_next() => {
+                    self.handle_completed(completed)?;
+                    continue;
+                }
+                item = items.recv(), if self.completing.len() < COMPLETING_MAX => item,
             };
             match item {
                 Some(StoreItem::Begin(name, form)) => self.begin(&name, form).await?,
                 Some(StoreItem::Part(part)) => self.append(&part).await?,
-                Some(StoreItem::End) => self.complete().await?,
-                Some(StoreItem::Finish) => return Ok(()),
+                Some(StoreItem::End) => self.begin_completing(),
+                Some(StoreItem::Finish) => return self.complete_all().await,
                 // The source failed, and says why.
                 None => return Err(BackupError::Stopped),
             }
@@ -178,17 +190,53 @@ impl Storing {
         }
     }
 
-    async fn complete(&mut self) -> Result<(), BackupError> {
-        let upload = self.upload.as_mut().expect("an object ends that was begun");
-        let mut attempts = self.patience.attempts();
-        loop {
-            match self.patience.call(upload.complete()).await? {
-                Some(Ok(())) => break,
-                Some(Err(error)) => attempts.handle_failure(error).await?,
-                None => return Err(no_answer(&self.archive.backend.describe()).into()),
+    /// A disk that syncs a gigabyte takes its time, and need not make the source wait: the next object begins meanwhile.
+    fn begin_completing(&mut self) {
+        let upload = self.upload.take().expect("an object ends that was begun");
+        self.completing.spawn(complete(upload, self.patience.clone(), self.archive.backend.describe()));
+    }
+
+    fn handle_completed(&mut self, completed: Result<Result<(), Nameless>, JoinError>) -> Result<(), BackupError> {
+        match completed.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())) {
+            Ok(()) => Ok(()),
+            Err((error, upload)) => {
+                self.nameless.push(upload);
+                Err(error)
             }
         }
-        self.upload = None;
+    }
+
+    async fn complete_all(&mut self) -> Result<(), BackupError> {
+        while let Some(completed) = self.completing.join_next().await {
+            self.handle_completed(completed)?;
+        }
         Ok(())
     }
+
+    /// Takes back what has no name, once nothing is on its way to one.
+    async fn abort(&mut self) {
+        self.nameless.extend(self.upload.take());
+        while let Some(completed) = self.completing.join_next().await {
+            if let Ok(Err((_, upload))) = completed {
+                self.nameless.push(upload);
+            }
+        }
+        join_all(self.nameless.drain(..).map(|upload| upload.abort())).await;
+    }
+}
+
+/// Gives an object its name. A call under way is not broken off when the backup is stopped: nothing is half done then.
+async fn complete(mut upload: Box<dyn Upload>, patience: Patience, location: String) -> Result<(), Nameless> {
+    let mut attempts = patience.attempts();
+    let error = loop {
+        let failed = match timeout(CALL_DEADLINE, upload.complete()).await {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => attempts.handle_failure(error).await,
+            Err(_) => Err(no_answer(&location).into()),
+        };
+        if let Err(error) = failed {
+            break error;
+        }
+    };
+    Err((error, upload))
 }

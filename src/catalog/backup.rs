@@ -204,6 +204,8 @@ pub struct BackupRecord {
     pub begin: Option<BeginFile>,
     pub backup: Option<BackupFile>,
     pub is_dead: bool,
+    /// What of it is damaged here and not mended.
+    pub damaged: Option<String>,
 }
 
 impl BackupRecord {
@@ -222,12 +224,12 @@ impl BackupRecord {
             host: None,
             version: backup.version.clone(),
         };
-        BackupRecord { id: backup.id, begin: Some(begin), backup: Some(backup), is_dead: false }
+        BackupRecord { id: backup.id, begin: Some(begin), backup: Some(backup), is_dead: false, damaged: None }
     }
 
     /// The backup, if it can be relied on. `begin.json` is the first object there is of a backup and the first that goes:
     /// while it is there, and no `dead.json`, so is everything else.
     pub fn complete(&self) -> Option<&BackupFile> {
-        self.backup.as_ref().filter(|_| !self.is_dead && self.begin.is_some())
+        self.backup.as_ref().filter(|_| !self.is_dead && self.begin.is_some() && self.damaged.is_none())
     }
 }

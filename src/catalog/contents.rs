@@ -3,15 +3,18 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 
+use super::damage::Damages;
+use super::digest::{Digest, DirectoryDigest, Indexed};
 use super::index::IndexEntry;
 use super::ledger::{Expired, LedgerFact};
 use super::lineage::LineageFile;
 use super::tails::{self, TailLink};
 use crate::codec::Form;
-use crate::repository::layout::{IndexName, Lineage, TailName, WalDirectory};
+use crate::repository::layout::{IndexName, Lineage, Part, TailName, WalDirectory, WalObject};
 use crate::wal::{History, Lsn, Proof, SegmentName, SegmentSize, TimelineId};
 
 /// The [start, end) of a segment, or `None` when the name cannot occur with this size (or ends beyond the last LSN).
@@ -34,17 +37,18 @@ pub struct SegmentObject {
     pub stored_bytes: u64,
 }
 
-/// Everything one WAL directory holds. Names of no known form are left out.
+/// Everything one WAL directory holds, with its index entries or what is kept of them. Names of no known form are left
+/// out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DirectoryContents {
+pub struct DirectoryContents<E = IndexEntry> {
     pub directory: WalDirectory,
     pub segment_size: SegmentSize,
     /// Sealed segments by name. A second object of one name is in the other form: no writer makes it.
     pub segments: BTreeMap<SegmentName, Vec<SegmentObject>>,
     /// The union of the index files, whether the object is there or not.
-    pub entries: BTreeMap<SegmentName, IndexEntry>,
+    pub entries: BTreeMap<SegmentName, E>,
     /// Entries that disagree on the raw CRC; none of them is in `entries`.
-    pub disputed: BTreeMap<SegmentName, Vec<IndexEntry>>,
+    pub disputed: BTreeMap<SegmentName, Vec<E>>,
     pub index_files: Vec<(IndexName, u64)>,
     pub tails: BTreeMap<SegmentName, Vec<TailObject>>,
     /// Second contents of a name, by raw CRC.
@@ -53,10 +57,12 @@ pub struct DirectoryContents {
     pub repairs: BTreeMap<SegmentName, Vec<(u32, SegmentObject)>>,
     /// What writers announced that they would store, by raw CRC: their own affair, and nothing that is there.
     pub raw_markers: BTreeMap<SegmentName, Vec<u32>>,
+    /// Objects that are listed, and known not to hold what they promise; they stay in the maps above.
+    pub damaged: BTreeMap<SegmentName, Vec<Part>>,
 }
 
-impl DirectoryContents {
-    pub fn new(directory: WalDirectory, segment_size: SegmentSize) -> DirectoryContents {
+impl<E: Indexed> DirectoryContents<E> {
+    pub fn new(directory: WalDirectory, segment_size: SegmentSize) -> DirectoryContents<E> {
         DirectoryContents {
             directory,
             segment_size,
@@ -68,19 +74,20 @@ impl DirectoryContents {
             conflicts: BTreeMap::new(),
             repairs: BTreeMap::new(),
             raw_markers: BTreeMap::new(),
+            damaged: BTreeMap::new(),
         }
     }
 
     /// Adds an entry to the union. Entries that differ only in how the object was encoded: the one whose size is
     /// the listed object's counts.
-    pub fn add_entry(&mut self, entry: IndexEntry) {
-        let name = entry.segment;
+    pub fn add_entry(&mut self, entry: E) {
+        let name = entry.segment();
         if let Some(disputed) = self.disputed.get_mut(&name) {
             disputed.push(entry);
             return;
         }
         match self.entries.get(&name) {
-            Some(known) if known.raw_crc32 != entry.raw_crc32 => {
+            Some(known) if known.raw_crc32() != entry.raw_crc32() => {
                 let known = self.entries.remove(&name).expect("just found");
                 self.disputed.insert(name, vec![known, entry]);
             }
@@ -101,18 +108,58 @@ impl DirectoryContents {
         self.repairs.retain(|name, _| !expired.contains(*name));
     }
 
+    /// Takes note of objects that are known to be damaged: from now on they count as not there. For readers; a writer
+    /// goes on where it was, and what is damaged behind it is mended.
+    pub fn mark(&mut self, damages: &Damages) {
+        for damage in damages.iter() {
+            if let Some(name) = damage.segment.filter(|name| WalDirectory::of(*name) == self.directory) {
+                self.damaged.entry(name).or_default().push(damage.part());
+            }
+        }
+    }
+
+    fn is_damaged(&self, name: SegmentName, part: Part) -> bool {
+        self.damaged.get(&name).is_some_and(|parts| parts.contains(&part))
+    }
+
     /// The object that an entry describes, by its size.
-    pub fn object_of(&self, entry: &IndexEntry) -> Option<SegmentObject> {
-        let mut listed = self.segments.get(&entry.segment)?.iter();
-        listed.find(|object| object.stored_bytes > 0 && object.stored_bytes == entry.stored_bytes).copied()
+    pub fn object_of(&self, entry: &E) -> Option<SegmentObject> {
+        let name = entry.segment();
+        let is_it = |object: &&SegmentObject| {
+            object.stored_bytes > 0
+                && object.stored_bytes == entry.stored_bytes()
+                && !self.is_damaged(name, Part::Wal(WalObject::Segment(name, object.form)))
+        };
+        self.segments.get(&name)?.iter().find(is_it).copied()
+    }
+
+    /// The repair that has the content an entry describes.
+    pub fn repair_of(&self, entry: &E) -> Option<SegmentObject> {
+        let (name, wanted) = (entry.segment(), entry.raw_crc32().0);
+        let is_it = |(raw_crc32, object): &&(u32, SegmentObject)| {
+            *raw_crc32 == wanted
+                && object.stored_bytes > 0
+                && !self.is_damaged(name, Part::Wal(WalObject::Repair(name, wanted, object.form)))
+        };
+        self.repairs.get(&name)?.iter().find(is_it).map(|(_, object)| *object)
+    }
+
+    /// Whether a segment was repaired, whatever became of that since: then the object it was made for is damaged.
+    fn was_repaired(&self, entry: &E) -> bool {
+        let (name, wanted) = (entry.segment(), entry.raw_crc32().0);
+        let is_known = |part: &Part| matches!(part, Part::Wal(WalObject::Repair(_, crc32, _)) if *crc32 == wanted);
+        self.repairs.get(&name).is_some_and(|all| all.iter().any(|(crc32, _)| *crc32 == wanted))
+            || self.damaged.get(&name).is_some_and(|parts| parts.iter().any(is_known))
     }
 
     /// The entry of a segment whose object is there in the size the entry tells, or repaired.
-    pub fn sealed(&self, name: SegmentName) -> Option<&IndexEntry> {
+    pub fn sealed(&self, name: SegmentName) -> Option<&E> {
         let entry = self.entries.get(&name)?;
-        let whole = self.object_of(entry).is_some();
-        let repaired = || self.repairs.get(&name).is_some_and(|all| all.contains_repair_of(entry));
-        (whole || repaired()).then_some(entry)
+        let is_whole = match self.was_repaired(entry) {
+            true => self.repair_of(entry).is_some(),
+            false => self.object_of(entry).is_some(),
+        };
+        is_whole.then_some(entry)
     }
 
     /// Objects under a segment's name that no entry describes: a crash between the two, or a write in progress.
@@ -123,15 +170,24 @@ impl DirectoryContents {
     }
 
     /// Entries without an object as they describe it: deleted, truncated, or replaced behind our back.
-    pub fn missing(&self) -> impl Iterator<Item = &IndexEntry> {
-        self.entries.values().filter(|entry| self.sealed(entry.segment).is_none())
+    pub fn missing(&self) -> impl Iterator<Item = &E> {
+        self.entries.values().filter(|entry| self.sealed(entry.segment()).is_none())
+    }
+
+    /// Those that are not known to be damaged.
+    pub fn sound_tails(&self) -> BTreeMap<SegmentName, Vec<TailObject>> {
+        let sound = |name: SegmentName, tails: &[TailObject]| {
+            let tails = tails.iter().filter(|tail| !self.is_damaged(name, Part::Tail(name, tail.name)));
+            tails.copied().collect::<Vec<_>>()
+        };
+        let of_name = |(name, tails): (&SegmentName, &Vec<TailObject>)| (*name, sound(*name, tails));
+        self.tails.iter().map(of_name).filter(|(_, tails)| !tails.is_empty()).collect()
     }
 
     /// The tails that count for a segment, in order, and those that do not.
     pub fn tail_chain(&self, name: SegmentName) -> tails::TailChain {
-        // A zero-length object is never data: no zstd frame is that short.
-        let listed = self.tails.get(&name).into_iter().flatten().filter(|tail| tail.stored_bytes > 0);
-        tails::resolve(&listed.map(|tail| tail.name).collect::<Vec<_>>())
+        let counts = |tail: &&TailObject| !self.is_damaged(name, Part::Tail(name, tail.name));
+        tails::of_listed(self.tails.get(&name).into_iter().flatten().filter(counts))
     }
 
     /// Proven bytes in order, without overlap: sealed and indexed segments, and tails of all others.
@@ -142,22 +198,12 @@ impl DirectoryContents {
         let mut pieces = Vec::new();
         for name in names {
             match self.sealed(name) {
-                Some(entry) => pieces.push(Piece::sealed(entry)),
+                Some(entry) => pieces.extend(Piece::sealed(entry, self.segment_size)),
                 None if self.disputed.contains_key(&name) => {}
                 None => pieces.extend(self.tail_chain(name).links.into_iter().map(Piece::tail)),
             }
         }
         pieces
-    }
-}
-
-trait Repairs {
-    fn contains_repair_of(&self, entry: &IndexEntry) -> bool;
-}
-
-impl Repairs for Vec<(u32, SegmentObject)> {
-    fn contains_repair_of(&self, entry: &IndexEntry) -> bool {
-        self.iter().any(|&(raw_crc32, object)| raw_crc32 == entry.raw_crc32.0 && object.stored_bytes > 0)
     }
 }
 
@@ -180,14 +226,11 @@ pub struct Piece {
 }
 
 impl Piece {
-    pub(super) fn sealed(entry: &IndexEntry) -> Piece {
-        Piece {
-            from: entry.start_lsn,
-            to: entry.end_lsn,
-            proof: entry.summary.proof,
-            last_commit: entry.summary.last_commit.map(|commit| commit.time),
-            source: Source::Sealed(entry.segment),
-        }
+    /// `None` when the name cannot occur with this size: no such entry is read.
+    pub(super) fn sealed(entry: &impl Indexed, size: SegmentSize) -> Option<Piece> {
+        let Range { start, end } = segment_span(entry.segment(), size)?;
+        let source = Source::Sealed(entry.segment());
+        Some(Piece { from: start, to: end, proof: entry.proof(), last_commit: entry.last_commit(), source })
     }
 
     /// A tail does not say how it was proven: it follows what it extends (`continuity::runs`).
@@ -205,7 +248,7 @@ pub struct Catalog {
     pub file: LineageFile,
     pub histories: BTreeMap<TimelineId, History>,
     /// Directories in order, per timeline.
-    pub timelines: BTreeMap<TimelineId, Vec<DirectoryContents>>,
+    pub timelines: BTreeMap<TimelineId, Vec<Arc<DirectoryDigest>>>,
     pub ledger: Vec<LedgerFact>,
 }
 
@@ -216,7 +259,23 @@ impl Catalog {
 
     /// Proven bytes of one timeline, in order.
     pub fn pieces(&self, timeline: TimelineId) -> Vec<Piece> {
-        self.timelines.get(&timeline).into_iter().flatten().flat_map(DirectoryContents::pieces).collect()
+        self.of_timeline(timeline).flat_map(|directory| directory.pieces()).collect()
+    }
+
+    pub fn directories(&self) -> impl Iterator<Item = &DirectoryDigest> {
+        self.timelines.values().flatten().map(Arc::as_ref)
+    }
+
+    /// Those of one timeline, in order.
+    pub fn of_timeline(&self, timeline: TimelineId) -> impl Iterator<Item = &DirectoryDigest> {
+        self.timelines.get(&timeline).into_iter().flatten().map(Arc::as_ref)
+    }
+
+    /// A segment that counts.
+    pub fn sealed(&self, name: SegmentName) -> Option<&Digest> {
+        let directories = self.timelines.get(&name.timeline)?;
+        let at = directories.binary_search_by_key(&WalDirectory::of(name), |digest| digest.directory).ok()?;
+        directories[at].sealed(name)
     }
 }
 

@@ -6,6 +6,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::digest::Digest;
 use crate::wal::{Lsn, RelationChange, RestorePoint, SegmentSummary, TimelineId};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -50,8 +51,19 @@ impl Between {
     /// Whether anything between the first and the last commit of a segment may lie in it. Commits are not in the
     /// order of their times, so what has no time of its own is shown rather than left out.
     pub fn may_touch(&self, summary: &SegmentSummary) -> bool {
-        let since = self.since.is_none_or(|since| summary.max_commit_time.is_none_or(|max| since <= max));
-        let until = self.until.is_none_or(|until| summary.min_commit_time.is_none_or(|min| min <= until));
+        self.may_touch_commits(summary.min_commit_time, summary.max_commit_time)
+    }
+
+    /// Whether to look into the whole entry.
+    pub fn may_touch_digest(&self, digest: &Digest) -> bool {
+        // A restore point has a time of its own, and no commit needs to be beside it.
+        digest.restore_points().next().is_some()
+            || self.may_touch_commits(digest.min_commit_time(), digest.max_commit_time())
+    }
+
+    fn may_touch_commits(&self, min: Option<Timestamp>, max: Option<Timestamp>) -> bool {
+        let since = self.since.is_none_or(|since| max.is_none_or(|max| since <= max));
+        let until = self.until.is_none_or(|until| min.is_none_or(|min| min <= until));
         since && until
     }
 }

@@ -3,7 +3,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::wal::{Lsn, SegmentName, SegmentSize, SegmentSummary};
+use crate::wal::{Lsn, SegmentName, SegmentSize, SegmentSummary, from_text};
 
 /// A CRC-32 (IEEE) as eight lower-case hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,12 +17,11 @@ impl Serialize for Crc32 {
 
 impl<'de> Deserialize<'de> for Crc32 {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Crc32, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let plain = text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit());
-        plain
-            .then(|| u32::from_str_radix(&text, 16).ok().map(Crc32))
-            .flatten()
-            .ok_or_else(|| serde::de::Error::custom("expected a CRC-32 as eight hexadecimal digits"))
+        from_text(deserializer, |text| {
+            let plain = text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit());
+            let crc32 = plain.then(|| u32::from_str_radix(text, 16).ok().map(Crc32)).flatten();
+            crc32.ok_or("expected a CRC-32 as eight hexadecimal digits")
+        })
     }
 }
 
@@ -43,8 +42,8 @@ pub struct IndexEntry {
 
 /// The content of `<first>-<last>-<epoch>.index.json`: consecutive segments of one directory, in order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct IndexFile {
+pub struct IndexFile<E = IndexEntry> {
     pub schema: u32,
     pub segment_size: SegmentSize,
-    pub entries: Vec<IndexEntry>,
+    pub entries: Vec<E>,
 }

@@ -4,6 +4,7 @@
 //! A truncated, empty or foreign object is an error that names it, never "no data". Unknown names are left alone.
 
 mod backups;
+mod directories;
 pub mod inventory;
 
 use std::collections::BTreeMap;
@@ -16,17 +17,19 @@ use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::contents::{Catalog, DirectoryContents, SegmentObject, TailObject, TimelineState, segment_span};
+use super::contents::{DirectoryContents, SegmentObject, TailObject, TimelineState};
+use super::damage::Damages;
 use super::index::{IndexEntry, IndexFile};
-use super::ledger::{self, Expired, LedgerFact};
+use super::ledger::{self, Expired, FactKind, LedgerFact};
 use super::lineage::{LineageFile, RepositoryFile, WriterFile};
 use crate::codec::Form;
 use crate::codec::decode::{DecodeError, ObjectDecoder};
 use crate::codec::encrypt::Keys;
 use crate::error::{Advice, Disposition, ExitCode};
-use crate::repository::layout::{self, Epoch, IndexName, Lineage, TailName, WalDirectory, WalObject};
+use crate::repository::layout::{self, Epoch, IndexName, Lineage, WalDirectory, WalObject};
 use crate::repository::{Backend, Entry, Key, StoreError, StoreErrorKind};
 use crate::wal::{History, HistoryError, SegmentName, SegmentSize, TimelineId};
+use directories::{add_object, tail_of, tails_of};
 
 /// A larger JSON object is refused unread.
 pub const JSON_BYTES_MAX: u64 = 64 << 20;
@@ -403,60 +406,6 @@ impl Archive {
         self.directory_part(WalDirectory::of(name), size, concerns).await
     }
 
-    async fn directory_part(
-        &self,
-        directory: WalDirectory,
-        size: SegmentSize,
-        wanted: impl Fn(&WalObject) -> bool,
-    ) -> Result<DirectoryContents, CatalogError> {
-        for _ in 0..LISTINGS_MAX {
-            match self.directory_once(directory, size, &wanted).await {
-                Err(CatalogError::Store(error)) if error.is(StoreErrorKind::NotFound) => continue,
-                Ok(None) => continue,
-                Ok(Some(contents)) => return Ok(contents),
-                Err(error) => return Err(error),
-            }
-        }
-        let directory = place(self.backend(), &self.lineage.wal_directory(directory));
-        Err(CatalogError::Unsteady { directory, attempts: LISTINGS_MAX })
-    }
-
-    /// `None` when the tails of a segment vanished after the listing: it may have been sealed meanwhile.
-    async fn directory_once(
-        &self,
-        directory: WalDirectory,
-        size: SegmentSize,
-        wanted: &impl Fn(&WalObject) -> bool,
-    ) -> Result<Option<DirectoryContents>, CatalogError> {
-        let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
-        let mut contents = DirectoryContents::new(directory, size);
-        let mut open = Vec::new();
-        for entry in &listed {
-            match entry {
-                Entry::Object { name, bytes } => add_object(&mut contents, name, *bytes),
-                Entry::Directory(name) => open.extend(tails_of(&contents, name).filter(|object| wanted(object))),
-            }
-        }
-        for object in open {
-            let WalObject::Tails(name) = object else { continue };
-            let tails = self.tails(name, size).await?;
-            // A store may show a directory for a moment longer than its last object.
-            if tails.is_empty() && !contents.segments.contains_key(&name) {
-                if !self.segment_objects(name).await?.is_empty() {
-                    return Ok(None);
-                }
-                continue;
-            }
-            contents.tails.insert(name, tails);
-        }
-        let files = contents.index_files.iter().filter(|(name, _)| wanted(&WalObject::Index(*name)));
-        let files: Vec<(IndexName, u64)> = files.copied().collect();
-        for entry in self.index_entries(files, directory, size).await? {
-            contents.add_entry(entry);
-        }
-        Ok(Some(contents))
-    }
-
     /// Names in a directory that hold any object, sealed or tail, readable or not, in order, of those that are wanted.
     /// Listings only.
     pub async fn segment_names(
@@ -466,17 +415,15 @@ impl Archive {
         wanted: impl Fn(SegmentName) -> bool,
     ) -> Result<Vec<SegmentName>, CatalogError> {
         let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
-        let mut contents = DirectoryContents::new(directory, size);
+        let mut contents = DirectoryContents::<IndexEntry>::new(directory, size);
         let mut names = Vec::new();
         for entry in &listed {
             match entry {
                 Entry::Object { name, bytes } => add_object(&mut contents, name, *bytes),
                 Entry::Directory(name) => {
-                    for object in tails_of(&contents, name) {
-                        let WalObject::Tails(name) = object else { continue };
-                        if wanted(name) && !self.tails(name, size).await?.is_empty() {
-                            names.push(name);
-                        }
+                    let Some(WalObject::Tails(name)) = tails_of(directory, name) else { continue };
+                    if wanted(name) && !self.tails(name, size).await?.is_empty() {
+                        names.push(name);
                     }
                 }
             }
@@ -489,40 +436,8 @@ impl Archive {
 
     /// The tails of one segment as listed; those whose range lies outside the segment are left out.
     pub async fn tails(&self, name: SegmentName, size: SegmentSize) -> Result<Vec<TailObject>, CatalogError> {
-        let Some(span) = segment_span(name, size) else { return Ok(Vec::new()) };
         let listed = self.backend.list(Some(&self.lineage.tail_directory(name))).await?;
-        let parse =
-            |(text, bytes): (&str, u64)| TailName::parse(text).map(|name| TailObject { name, stored_bytes: bytes });
-        let inside = |tail: &TailObject| span.start <= tail.name.from && tail.name.to <= span.end;
-        Ok(objects(&listed).filter_map(parse).filter(inside).collect())
-    }
-
-    async fn index_entries(
-        &self,
-        files: Vec<(IndexName, u64)>,
-        directory: WalDirectory,
-        size: SegmentSize,
-    ) -> Result<Vec<IndexEntry>, CatalogError> {
-        let read =
-            stream::iter(files).map(|(name, bytes)| async move { self.index_file(name, bytes, directory, size).await });
-        let files: Vec<IndexFile> = read.buffered(FETCHES).try_collect().await?;
-        Ok(files.into_iter().flat_map(|file| file.entries).collect())
-    }
-
-    async fn index_file(
-        &self,
-        name: IndexName,
-        bytes: u64,
-        directory: WalDirectory,
-        size: SegmentSize,
-    ) -> Result<IndexFile, CatalogError> {
-        let key = self.lineage.index(name);
-        let body = fetch_sized(self.backend(), &key, bytes, JSON_BYTES_MAX).await?;
-        let file: IndexFile = parse_json(self.backend(), &key, &body)?;
-        match index_fault(&file, name, directory, size) {
-            Some(fault) => Err(CatalogError::Damaged { object: place(self.backend(), &key), fault }),
-            None => Ok(file),
-        }
+        Ok(objects(&listed).filter_map(|(text, bytes)| tail_of(name, text, bytes, size)).collect())
     }
 
     /// One index file, by its name.
@@ -533,7 +448,8 @@ impl Archive {
             .stat(&key)
             .await?
             .ok_or_else(|| CatalogError::Missing { object: place(self.backend(), &key) })?;
-        self.index_file(name, bytes, WalDirectory::of(name.first), size).await
+        let body = self.index_body(name, bytes).await?;
+        body.parse::<IndexEntry>(WalDirectory::of(name.first), size)
     }
 
     /// The objects of a segment under its two names: one at most, unless somebody else has been there.
@@ -552,14 +468,23 @@ impl Archive {
         object: SegmentObject,
         size: SegmentSize,
     ) -> Result<StoredObject, CatalogError> {
-        let key = self.lineage.segment(name, object.form);
-        let location = place(self.backend(), &key);
+        self.inspect(&self.lineage.segment(name, object.form), object, size.bytes()).await
+    }
+
+    /// Reads any object of frames through that should hold `raw_bytes`.
+    pub async fn inspect(
+        &self,
+        key: &Key,
+        object: SegmentObject,
+        raw_bytes: u64,
+    ) -> Result<StoredObject, CatalogError> {
+        let location = place(self.backend(), key);
         let corrupt = |error: DecodeError| {
             let (kind, cause) = (StoreErrorKind::Corrupt, error.to_string());
             CatalogError::Store(StoreError::new(kind, "read", location.clone(), cause))
         };
         let identities = self.keys.identities.as_ref();
-        let mut decoder = match ObjectDecoder::new(object.form, identities, size.bytes()) {
+        let mut decoder = match ObjectDecoder::new(object.form, identities, raw_bytes) {
             Ok(decoder) => Some(decoder),
             Err(error) if error.is_about_keys() => None,
             Err(error) => return Err(corrupt(error)),
@@ -567,7 +492,7 @@ impl Archive {
         let mut stored_crc32 = crc32fast::Hasher::new();
         let mut at = 0;
         while at < object.stored_bytes {
-            let chunk = self.backend.fetch(&key, at..(at + INSPECT_BYTES).min(object.stored_bytes)).await?;
+            let chunk = self.backend.fetch(key, at..(at + INSPECT_BYTES).min(object.stored_bytes)).await?;
             stored_crc32.update(&chunk);
             at += chunk.len() as u64;
             match decoder.as_mut().map(|decoder| decoder.feed(&chunk, &mut |_| Ok(()))) {
@@ -589,6 +514,12 @@ impl Archive {
     pub async fn expired(&self) -> Result<Expired, CatalogError> {
         let facts = self.facts(ledger::is_about_expiry).await?;
         Ok(Expired::of(&facts))
+    }
+
+    /// What was found damaged and is not mended.
+    pub async fn damages(&self) -> Result<Damages, CatalogError> {
+        let kinds = [FactKind::Damaged.word(), FactKind::Mended.word()];
+        Ok(Damages::of(&self.facts(|kind| kinds.contains(&kind)).await?))
     }
 
     async fn facts(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<LedgerFact>, CatalogError> {
@@ -625,23 +556,6 @@ impl Archive {
         put_json_new(self.backend(), &key, fact).await
     }
 
-    /// The whole lineage, without what is expired.
-    pub async fn load_catalog(&self) -> Result<Catalog, CatalogError> {
-        let file = self.lineage_file().await?;
-        // The ledger first: an expiry is announced before anything vanishes.
-        let ledger = self.ledger().await?;
-        let expired = Expired::of(&ledger);
-        let (histories, directories) = self.wal_listing().await?;
-        let mut timelines: BTreeMap<TimelineId, Vec<DirectoryContents>> = BTreeMap::new();
-        for directory in directories {
-            let mut contents = self.directory(directory, file.segment_size).await?;
-            contents.subtract(&expired);
-            timelines.entry(directory.timeline).or_default().push(contents);
-        }
-        let histories = self.read_histories(histories).await?;
-        Ok(Catalog { lineage: self.lineage.clone(), file, histories, timelines, ledger })
-    }
-
     /// All directories of one timeline, in order, without what is expired.
     pub async fn timeline(
         &self,
@@ -676,63 +590,6 @@ impl Archive {
         }
         Ok(TimelineState::of(timeline, &read))
     }
-}
-
-fn tails_of(contents: &DirectoryContents, name: &str) -> impl Iterator<Item = WalObject> + use<> {
-    let belongs = |object: &WalObject| matches!(object, WalObject::Tails(segment) if WalDirectory::of(*segment) == contents.directory);
-    WalObject::parse(name).filter(belongs).into_iter()
-}
-
-fn add_object(contents: &mut DirectoryContents, name: &str, bytes: u64) {
-    let Some(object) = WalObject::parse(name) else { return };
-    let (WalObject::Segment(segment, _)
-    | WalObject::Conflict(segment, ..)
-    | WalObject::Repair(segment, ..)
-    | WalObject::RawMarker(segment, _)
-    | WalObject::Tails(segment)
-    | WalObject::Index(IndexName { first: segment, .. })) = object;
-    let fits = segment_span(segment, contents.segment_size).is_some();
-    if !fits || WalDirectory::of(segment) != contents.directory {
-        return;
-    }
-    let stored = |form: Form| SegmentObject { form, stored_bytes: bytes };
-    match object {
-        WalObject::Segment(segment, form) => contents.segments.entry(segment).or_default().push(stored(form)),
-        WalObject::Index(index) => contents.index_files.push((index, bytes)),
-        WalObject::Conflict(segment, crc, form) => {
-            contents.conflicts.entry(segment).or_default().push((crc, stored(form)));
-        }
-        WalObject::Repair(segment, crc, form) => {
-            contents.repairs.entry(segment).or_default().push((crc, stored(form)));
-        }
-        WalObject::RawMarker(segment, crc) => contents.raw_markers.entry(segment).or_default().push(crc),
-        WalObject::Tails(_) => {} // an object by a directory's name
-    }
-}
-
-/// Why an index file does not describe the segments its name and place promise.
-fn index_fault(file: &IndexFile, name: IndexName, directory: WalDirectory, size: SegmentSize) -> Option<String> {
-    if file.schema != SCHEMA {
-        return Some(format!("it has schema {}, expected {SCHEMA}", file.schema));
-    }
-    if file.segment_size != size {
-        let (found, expected) = (file.segment_size.bytes(), size.bytes());
-        return Some(format!("it describes segments of {found} bytes, the lineage has {expected}"));
-    }
-    let fits = |entry: &IndexEntry| {
-        let span = segment_span(entry.segment, size);
-        WalDirectory::of(entry.segment) == directory
-            && (name.first..=name.last).contains(&entry.segment)
-            && span == Some(entry.start_lsn..entry.end_lsn)
-            && entry.raw_bytes == size.bytes()
-            // A writer goes on from there: beyond the segment it would be called durable without being proven.
-            && [entry.summary.record_end, entry.summary.carry.record_end].iter().flatten().all(|end| *end <= entry.end_lsn)
-    };
-    if file.entries.is_empty() {
-        return Some("it has no entries".to_string());
-    }
-    let stranger = file.entries.iter().find(|entry| !fits(entry))?;
-    Some(format!("its entry for {} does not fit the segment's name or the file's", stranger.segment))
 }
 
 fn objects(listed: &[Entry]) -> impl Iterator<Item = (&str, u64)> {

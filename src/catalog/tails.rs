@@ -18,6 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::contents::TailObject;
 use crate::repository::layout::{Epoch, TailName};
 use crate::wal::Lsn;
 
@@ -102,6 +103,13 @@ pub fn furthest(chains: &[TailChain], begin: Lsn) -> Vec<(usize, JoinedTails)> {
         .collect();
     let end = joined.iter().map(|(_, found)| found.end).max();
     joined.into_iter().filter(|(_, found)| Some(found.end) == end).collect()
+}
+
+/// Decides which of the tails listed of one segment count.
+pub fn of_listed<'a>(listed: impl Iterator<Item = &'a TailObject>) -> TailChain {
+    // A zero-length object is never data: no zstd frame is that short.
+    let listed = listed.filter(|tail| tail.stored_bytes > 0);
+    resolve(&listed.map(|tail| tail.name).collect::<Vec<_>>())
 }
 
 /// Decides which of the tails of one segment count.

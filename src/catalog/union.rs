@@ -3,13 +3,17 @@
 //! Pure.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
 
-use super::contents::{Catalog, DirectoryContents, Piece};
-use super::index::Crc32;
+use jiff::Timestamp;
+
+use super::contents::{Catalog, Piece, Source};
+use super::digest::{Digest, DirectoryDigest};
 use super::ledger::{Expired, LedgerFact};
 use super::tails;
 use crate::repository::layout::WalDirectory;
-use crate::wal::{History, Lsn, SegmentName, SegmentSize, TimelineId};
+use crate::wal::{History, Lsn, Proof, SegmentName, SegmentSize, TimelineId};
 
 /// Why repositories are no copies of one lineage.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +24,99 @@ pub enum UnionError {
     History { timeline: TimelineId },
 }
 
+/// Proven bytes of one timeline that several pieces make up, or one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    pub from: Lsn,
+    pub to: Lsn,
+    /// Of sealed segments, not of a tail.
+    pub is_sealed: bool,
+    /// `Unproven` as soon as one segment is.
+    pub proof: Proof,
+    /// Time of the last commit at or before `to`, where it is known.
+    pub last_commit: Option<Timestamp>,
+}
+
+impl From<&Piece> for Span {
+    fn from(piece: &Piece) -> Span {
+        let is_sealed = matches!(piece.source, Source::Sealed(_));
+        Span { from: piece.from, to: piece.to, is_sealed, proof: piece.proof, last_commit: piece.last_commit }
+    }
+}
+
+impl From<Piece> for Span {
+    fn from(piece: Piece) -> Span {
+        Span::from(&piece)
+    }
+}
+
+/// Sealed segments of one directory that follow one another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealedSpan {
+    directory: Arc<DirectoryDigest>,
+    /// Where they are in it; never empty.
+    at: Range<usize>,
+    span: Span,
+}
+
+impl SealedSpan {
+    pub fn digests(&self) -> &[Digest] {
+        &self.directory.sealed[self.at.clone()]
+    }
+
+    /// Those that hold any byte of [from, to).
+    pub fn within(&self, from: Lsn, to: Lsn) -> impl DoubleEndedIterator<Item = (Piece, &Digest)> {
+        let size = self.directory.segment_size;
+        let index = |lsn: Lsn| usize::try_from(lsn.saturating_distance(self.span.from) / size.bytes());
+        let all = self.digests();
+        let first = index(from).unwrap_or(usize::MAX).min(all.len());
+        let last = index(Lsn(to.0.saturating_sub(1))).unwrap_or(usize::MAX).saturating_add(1).min(all.len());
+        let inside = if from < to && self.span.from < to { &all[first..last.max(first)] } else { &[] };
+        inside.iter().filter_map(move |digest| Some((Piece::sealed(digest, size)?, digest)))
+    }
+}
+
+/// What holds proven bytes of one timeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Part {
+    Sealed(SealedSpan),
+    Tail(Piece),
+}
+
+impl Part {
+    pub fn span(&self) -> Span {
+        match self {
+            Part::Sealed(sealed) => sealed.span,
+            Part::Tail(piece) => Span::from(piece),
+        }
+    }
+}
+
+/// Parts, in the order of their pieces.
+#[derive(Debug, Default)]
+struct Parts(Vec<Part>);
+
+impl Parts {
+    fn push_sealed(&mut self, directory: &Arc<DirectoryDigest>, at: usize) {
+        let Some(piece) = Piece::sealed(&directory.sealed[at], directory.segment_size) else { return };
+        if let Some(Part::Sealed(last)) = self.0.last_mut()
+            && Arc::ptr_eq(&last.directory, directory)
+            && last.at.end == at
+            && last.span.to == piece.from
+        {
+            last.at.end = at + 1;
+            last.span.to = piece.to;
+            last.span.last_commit = piece.last_commit.or(last.span.last_commit);
+            if piece.proof == Proof::Unproven {
+                last.span.proof = Proof::Unproven;
+            }
+            return;
+        }
+        let span = Span::from(&piece);
+        self.0.push(Part::Sealed(SealedSpan { directory: directory.clone(), at: at..at + 1, span }));
+    }
+}
+
 /// What [`crate::continuity::gaps`] looks at.
 #[derive(Clone, Debug)]
 pub struct Holdings {
@@ -27,12 +124,12 @@ pub struct Holdings {
     pub start_timeline: TimelineId,
     pub start_lsn: Option<Lsn>,
     pub histories: BTreeMap<TimelineId, History>,
-    /// Proven bytes of every timeline with a directory, in no order; they may overlap.
-    pub pieces: BTreeMap<TimelineId, Vec<Piece>>,
+    /// Proven bytes of every timeline with a directory, directories in order; they may overlap.
+    pub parts: BTreeMap<TimelineId, Vec<Part>>,
     pub ledger: Vec<LedgerFact>,
     /// [from, to) of each timeline that nobody promises any more.
     pub expired: BTreeMap<TimelineId, Vec<(Lsn, Lsn)>>,
-    /// Names with two different contents, in one repository or between two: none of them is in `pieces`.
+    /// Names with two different contents, in one repository or between two: none of them is in `parts`.
     pub disputed: BTreeSet<SegmentName>,
 }
 
@@ -54,9 +151,9 @@ impl Holdings {
         let timelines: BTreeSet<TimelineId> =
             catalogs.iter().flat_map(|catalog| catalog.timelines.keys().copied()).collect();
         let mut disputed = BTreeSet::new();
-        let mut pieces = BTreeMap::new();
+        let mut parts = BTreeMap::new();
         for &timeline in &timelines {
-            pieces.insert(timeline, timeline_pieces(catalogs, timeline, &mut disputed));
+            parts.insert(timeline, timeline_parts(catalogs, timeline, &mut disputed));
         }
         // Also those of which nothing is left.
         let facts = catalogs.iter().flat_map(|catalog| &catalog.ledger).flat_map(|fact| &fact.segments);
@@ -70,7 +167,7 @@ impl Holdings {
                 .into_iter()
                 .map(|timeline| (timeline, forgotten(catalogs, timeline, segment_size)))
                 .collect(),
-            pieces,
+            parts,
             ledger: ledger(catalogs),
             disputed,
         })
@@ -78,6 +175,15 @@ impl Holdings {
 
     pub fn expired(&self, timeline: TimelineId) -> &[(Lsn, Lsn)] {
         self.expired.get(&timeline).map_or(&[], Vec::as_slice)
+    }
+
+    pub fn parts(&self, timeline: TimelineId) -> &[Part] {
+        self.parts.get(&timeline).map_or(&[], Vec::as_slice)
+    }
+
+    /// The end of the last byte of a timeline.
+    pub fn end(&self, timeline: TimelineId) -> Option<Lsn> {
+        self.parts(timeline).iter().map(|part| part.span().to).max()
     }
 }
 
@@ -104,46 +210,51 @@ fn ledger(catalogs: &[&Catalog]) -> Vec<LedgerFact> {
     union
 }
 
-fn timeline_pieces(catalogs: &[&Catalog], timeline: TimelineId, disputed: &mut BTreeSet<SegmentName>) -> Vec<Piece> {
-    let mut directories: BTreeMap<WalDirectory, Vec<&DirectoryContents>> = BTreeMap::new();
+fn timeline_parts(catalogs: &[&Catalog], timeline: TimelineId, disputed: &mut BTreeSet<SegmentName>) -> Vec<Part> {
+    let mut directories: BTreeMap<WalDirectory, Vec<&Arc<DirectoryDigest>>> = BTreeMap::new();
     for catalog in catalogs {
-        for contents in catalog.timelines.get(&timeline).into_iter().flatten() {
-            directories.entry(contents.directory).or_default().push(contents);
+        for digest in catalog.timelines.get(&timeline).into_iter().flatten() {
+            directories.entry(digest.directory).or_default().push(digest);
         }
     }
-    directories.values().flat_map(|copies| directory_pieces(copies, disputed)).collect()
+    let mut parts = Parts::default();
+    for copies in directories.values() {
+        add_directory(&mut parts, copies, disputed);
+    }
+    parts.0
 }
 
 /// The pieces of one directory in several repositories.
-fn directory_pieces(copies: &[&DirectoryContents], disputed: &mut BTreeSet<SegmentName>) -> Vec<Piece> {
-    let named = |contents: &&DirectoryContents| {
-        let names = contents.entries.keys().chain(contents.tails.keys()).chain(contents.disputed.keys());
-        names.copied().collect::<Vec<_>>()
-    };
-    let names: BTreeSet<SegmentName> = copies.iter().flat_map(named).collect();
-    let mut pieces = Vec::new();
+fn add_directory(parts: &mut Parts, copies: &[&Arc<DirectoryDigest>], disputed: &mut BTreeSet<SegmentName>) {
+    if let [copy] = copies
+        && copy.is_all_sealed()
+    {
+        // As almost all are.
+        return (0..copy.sealed.len()).for_each(|at| parts.push_sealed(copy, at));
+    }
+    let names: BTreeSet<SegmentName> = copies.iter().flat_map(|copy| copy.names()).collect();
     for name in names {
+        let sealed = || copies.iter().find_map(|copy| Some((*copy, copy.position(name)?)));
         if is_disputed(copies, name) {
             disputed.insert(name);
-        } else if let Some(entry) = copies.iter().find_map(|contents| contents.sealed(name)) {
-            pieces.push(Piece::sealed(entry));
+        } else if let Some((copy, at)) = sealed() {
+            parts.push_sealed(copy, at);
         } else {
-            pieces.extend(tail_pieces(copies, name));
+            parts.0.extend(tail_pieces(copies, name).into_iter().map(Part::Tail));
         }
     }
-    pieces
 }
 
-fn is_disputed(copies: &[&DirectoryContents], name: SegmentName) -> bool {
-    let entries = copies.iter().filter_map(|contents| contents.entries.get(&name));
-    let contents: BTreeSet<u32> = entries.map(|entry| entry.raw_crc32).map(|Crc32(crc)| crc).collect();
-    contents.len() > 1 || copies.iter().any(|contents| contents.disputed.contains_key(&name))
+fn is_disputed(copies: &[&Arc<DirectoryDigest>], name: SegmentName) -> bool {
+    let entries = copies.iter().filter_map(|copy| copy.indexed_as(name));
+    let contents: BTreeSet<u32> = entries.map(|digest| digest.raw_crc32.0).collect();
+    contents.len() > 1 || copies.iter().any(|copy| copy.disputed.contains(&name))
 }
 
 /// The tails that count for an unfinished segment: of the repository that reaches furthest, and what others add beyond
 /// a hole, so that the hole shows.
-fn tail_pieces(copies: &[&DirectoryContents], name: SegmentName) -> Vec<Piece> {
-    let chains: Vec<tails::TailChain> = copies.iter().map(|contents| contents.tail_chain(name)).collect();
+fn tail_pieces(copies: &[&Arc<DirectoryDigest>], name: SegmentName) -> Vec<Piece> {
+    let chains: Vec<tails::TailChain> = copies.iter().map(|copy| copy.tail_chain(name)).collect();
     let begin = chains.iter().filter_map(|chain| chain.links.first()).map(|link| link.from).min();
     let Some(begin) = begin else { return Vec::new() };
     let Some((_, joined)) = tails::furthest(&chains, begin).into_iter().next() else { return Vec::new() };
@@ -158,7 +269,8 @@ fn forgotten(catalogs: &[&Catalog], timeline: TimelineId, size: SegmentSize) -> 
     let expired = |catalog: &&Catalog| Expired::of(&catalog.ledger).lsns(timeline, size);
     let any: Vec<(Lsn, Lsn)> = catalogs.iter().flat_map(expired).collect();
     catalogs.iter().fold(any, |left, catalog| {
-        let first = catalog.pieces(timeline).iter().map(|piece| piece.from).min().unwrap_or(Lsn::MAX);
+        let mut directories = catalog.of_timeline(timeline);
+        let first = directories.find_map(DirectoryDigest::first_byte).unwrap_or(Lsn::MAX);
         let mut unpromised = expired(catalog);
         unpromised.push((Lsn::ZERO, first));
         intersect(&left, &unpromised)
@@ -172,14 +284,14 @@ fn intersect(one: &[(Lsn, Lsn)], other: &[(Lsn, Lsn)]) -> Vec<(Lsn, Lsn)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::contents::TailObject;
+    use super::super::contents::{DirectoryContents, TailObject};
+    use super::super::index::IndexEntry;
     use super::super::ledger::{FactKind, SegmentRange};
     use super::super::lineage::LineageFile;
     use super::*;
     use crate::continuity::{self, GapState, Lack};
     use crate::repository::layout::{Epoch, Lineage, TailName};
     use crate::wal::{SegmentNumber, SystemId};
-    use jiff::Timestamp;
 
     const MIB: u64 = 1 << 20;
     const ONE: TimelineId = TimelineId(1);
@@ -209,7 +321,7 @@ mod tests {
 
     /// A repository that holds these tails of timeline 1: whole segments as tails do for what is tested here.
     fn catalog(start: u64, tails: &[TailName]) -> Catalog {
-        let mut contents = DirectoryContents::new(WalDirectory::of(name(0)), size());
+        let mut contents = DirectoryContents::<IndexEntry>::new(WalDirectory::of(name(0)), size());
         for &tail in tails {
             let name = SegmentName::new(ONE, size().segment_of(tail.from), size());
             contents.tails.entry(name).or_default().push(TailObject { name: tail, stored_bytes: 1 });
@@ -228,7 +340,7 @@ mod tests {
                 slot: None,
             },
             histories: BTreeMap::new(),
-            timelines: BTreeMap::from([(ONE, vec![contents])]),
+            timelines: BTreeMap::from([(ONE, vec![Arc::new(DirectoryDigest::of(contents))])]),
             ledger: Vec::new(),
         }
     }
@@ -243,7 +355,9 @@ mod tests {
         fact.segments.push(SegmentRange { first: name(first), last: name(last) });
         catalog.ledger.push(fact);
         let expired = Expired::of(&catalog.ledger);
-        catalog.timelines.values_mut().flatten().for_each(|contents| contents.subtract(&expired));
+        for digest in catalog.timelines.values_mut().flatten() {
+            Arc::make_mut(digest).tails.retain(|name, _| !expired.contains(*name));
+        }
     }
 
     /// Open gaps in segments.

@@ -1,16 +1,13 @@
 //! Owns: `backup`: a base backup by hand, beside the agent and under the same lease; showing how far it is.
 //! Does not own: taking one (`agent/backup`, `backup`), when the agent does.
 
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
-
-use indicatif::{ProgressBar, ProgressStyle};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::args::{BackupArgs, Global};
 use super::list::line;
+use super::progress::{Shown, Step};
 use super::repositories::{self, Look};
 use super::server::{self, ServerFacts};
 use super::{Verdict, output, setup};
@@ -18,7 +15,7 @@ use crate::agent::backup::lease::Patience;
 use crate::agent::backup::{Done, Job, Place, running};
 use crate::agent::world::World;
 use crate::archiver::Workers;
-use crate::backup::{BackupPhase, BackupProgress};
+use crate::backup::BackupProgress;
 use crate::catalog::shelf::{Outcome, Shelved};
 use crate::config::{ClusterConfig, Location, RepositoryConfig};
 use crate::error::{Disposition, ExitCode, Failure};
@@ -27,9 +24,6 @@ use crate::postgres::{Purpose, connect};
 use crate::replication::Login;
 use crate::repository::layout::Lineage;
 use crate::wal::{SegmentSize, SystemId};
-
-/// Between two lines, where there is no terminal.
-const SAY_INTERVAL: Duration = Duration::from_secs(10);
 
 pub fn run(global: &Global, args: &BackupArgs) -> Result<Verdict, Failure> {
     let cluster = setup::cluster(global)?;
@@ -92,14 +86,15 @@ async fn take(
         purpose: "`seawall backup`".to_string(),
         patience: if args.wait { Patience::Wait } else { Patience::None },
         status: None,
+        decided_by: None,
     };
     let (progress, watching) = watch::channel(BackupProgress::default());
     let shown = Shown::new(global);
     let done = tokio::select! {
         done = job.run(&progress, &stop) => done,
-        () = shown.follow(watching) => unreachable!("it follows for as long as it is asked to"),
+        () = shown.follow(watching, step, |now, _| running(now).to_text()) => unreachable!("it follows for as long as it is asked to"),
     };
-    shown.finish();
+    drop(shown);
     let done = done?;
     let entry = entry(cluster, &lineage, &done);
     if let Some(missing) = &done.missing_config {
@@ -222,50 +217,7 @@ fn entry(cluster: &ClusterConfig, lineage: &Lineage, done: &Done) -> BackupEntry
     BackupEntry::new(&cluster.name, &lineage.directory_name(), &shelved)
 }
 
-/// How far it is: a bar on a terminal, else a line now and then.
-struct Shown {
-    bar: Option<ProgressBar>,
-    is_silent: bool,
-}
-
-impl Shown {
-    fn new(global: &Global) -> Shown {
-        let is_silent = global.quiet > 0;
-        let bar = (std::io::stderr().is_terminal() && !is_silent).then(|| {
-            let bar = ProgressBar::new(0);
-            let style =
-                ProgressStyle::with_template("{msg:<18} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}");
-            bar.set_style(style.expect("the template is one").progress_chars("=> "));
-            bar
-        });
-        Shown { bar, is_silent }
-    }
-
-    async fn follow(&self, mut progress: watch::Receiver<BackupProgress>) {
-        let mut said = (BackupPhase::default(), Instant::now());
-        loop {
-            let now = progress.borrow_and_update().clone();
-            match &self.bar {
-                Some(bar) => {
-                    bar.set_message(now.phase.word());
-                    bar.set_length(now.raw_bytes_expected.unwrap_or_default().max(now.raw_bytes));
-                    bar.set_position(now.raw_bytes);
-                }
-                None if !self.is_silent && (said.0 != now.phase || said.1.elapsed() >= SAY_INTERVAL) => {
-                    said = (now.phase, Instant::now());
-                    output::note(running(&now).to_text());
-                }
-                None => {}
-            }
-            if progress.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
+fn step(now: &BackupProgress) -> Step {
+    let total = now.raw_bytes_expected.unwrap_or_default().max(now.raw_bytes);
+    Step { phase: now.phase.word(), done: now.raw_bytes, total }
 }

@@ -13,10 +13,11 @@ use super::server::{self, ServerFacts};
 use super::{Verdict, output, setup};
 use crate::agent::world::World;
 use crate::archiver::Workers;
-use crate::config::ClusterConfig;
+use crate::config::{ClusterConfig, RetentionConfig};
 use crate::error::Failure;
 use crate::postgres::{Purpose, connect};
 use crate::replication::{Connection, Login};
+use crate::schedule::Line;
 
 /// Times of commits and of gaps are compared by people across machines.
 const CLOCK_SKEW_SECONDS_MAX: f64 = 2.0;
@@ -130,8 +131,45 @@ async fn examine(cluster: &ClusterConfig, config: Option<&Path>) -> Result<Vec<C
     }
     let system_id = server.as_ref().ok().and_then(|facts| facts.system_id);
     checks.extend(archive::examine(cluster, system_id, world.random_u32()).await);
+    checks.extend(times(cluster));
     checks.push(archive::restore_path(cluster, config));
     Ok(checks)
+}
+
+/// When backups are taken, and how long they are kept: left open, one backup for ever and a repository that only grows.
+fn times(cluster: &ClusterConfig) -> [Check; 2] {
+    const SCHEDULE: &str = "schedule";
+    const RETENTION: &str = "retention";
+    let table = &cluster.name;
+    let schedule = match &cluster.schedule.full {
+        _ if !cluster.backup.automatic => Check::warning(
+            SCHEDULE,
+            "the agent takes no backups (`backup.automatic = false`)",
+            "let it, or see that `seawall backup` runs regularly",
+        ),
+        None => Check::warning(
+            SCHEDULE,
+            "no backups but the first one and one behind a gap: a restore replays all WAL since",
+            format!("add [clusters.{table}.backup] full = \"0 2 * * 0\""),
+        ),
+        Some(line @ Line::Cron(_)) => {
+            let zone = cluster.schedule.timezone.iana_name().unwrap_or("UTC");
+            Check::ok(SCHEDULE, format!("{line} ({zone})"))
+        }
+        Some(line) => Check::ok(SCHEDULE, line.to_string()),
+    };
+    let retention = match &cluster.retention {
+        RetentionConfig { policy: None, .. } => Check::warning(
+            RETENTION,
+            "nothing is ever removed: the repositories grow without end",
+            format!("add [clusters.{table}.retention] window = \"14d\""),
+        ),
+        RetentionConfig { policy: Some(policy), automatic: true } => Check::ok(RETENTION, policy.to_string()),
+        RetentionConfig { policy: Some(policy), automatic: false } => {
+            Check::ok(RETENTION, format!("{policy}; only when `seawall expire --apply` is run"))
+        }
+    };
+    [schedule, retention]
 }
 
 /// A replication session on every host: reachable, HBA, password, role.

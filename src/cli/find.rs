@@ -1,7 +1,7 @@
 //! Owns: `find`: when did it happen, and which `restore --to …` stops just before it; as table and JSON.
 //! Does not own: what counts as an event (`catalog::events`), the proof of WAL (`wal`), restoring.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -12,14 +12,14 @@ use super::args::{FindArgs, Global};
 use super::repositories::{self, Copy, Look};
 use super::{Verdict, keys, output, setup};
 use crate::catalog::events::{self, Between, Event, EventKind};
-use crate::catalog::{DirectoryContents, Holdings, IndexEntry};
+use crate::catalog::{Archive, Digest, Holdings, IndexEntry};
 use crate::codec::encrypt::Keys;
 use crate::config::ArchiveConfig;
 use crate::continuity;
 use crate::error::{ExitCode, Failure};
 use crate::repository::layout::Lineage;
 use crate::restore::wal_get::{Holder, Outcome, PathChoice, WalGet};
-use crate::wal::{Carry, History, Lsn, ScanOptions, Scanner, SegmentName, SegmentSummary, TimelineId};
+use crate::wal::{Carry, History, Lsn, ScanOptions, Scanner, SegmentName, SegmentSize, SegmentSummary, TimelineId};
 
 const READ_BYTES: usize = 128 << 10;
 /// A text table shows so many relations of one event.
@@ -71,16 +71,16 @@ async fn find(config: &ArchiveConfig, between: Between) -> Result<Answer, Failur
             continue;
         }
         let held = repositories::union(&lineage, &copies)?;
-        let sealed = sealed(&copies);
         let mut found = Vec::new();
-        for (name, entry) in &sealed {
+        for entry in eventful(&looks, &copies, between).await? {
+            let name = entry.segment;
             found.extend(events::events(name.timeline, &entry.summary, between));
             if entry.summary.truncated && between.may_touch(&entry.summary) {
                 answer.unread.push(format!("segment {name} holds more events than its index entry could keep"));
             }
         }
-        for name in unfinished(&copies, &sealed) {
-            match read_unfinished(&looks, &lineage, &keys, &held, &sealed, name).await {
+        for name in unfinished(&copies) {
+            match read_unfinished(&looks, &lineage, &keys, &held, &copies, name).await {
                 Ok(summary) => found.extend(events::events(name.timeline, &summary, between)),
                 Err(failure) => answer.unread.push(format!("segment {name}, which is unfinished: {failure}")),
             }
@@ -93,20 +93,33 @@ async fn find(config: &ArchiveConfig, between: Between) -> Result<Answer, Failur
     Ok(answer)
 }
 
-/// Every sealed segment once, whoever holds it.
-fn sealed<'a>(copies: &'a [Copy<'_>]) -> BTreeMap<SegmentName, &'a IndexEntry> {
-    let directories = copies.iter().flat_map(|copy| copy.catalog.timelines.values().flatten());
-    let entry = |contents: &'a DirectoryContents| {
-        contents.entries.keys().filter_map(|&name| contents.sealed(name).map(|entry| (name, entry)))
-    };
-    directories.flat_map(entry).collect()
+/// The whole entries of segments in which something happened, each once, whoever holds it.
+async fn eventful(looks: &[Look], copies: &[Copy<'_>], between: Between) -> Result<Vec<IndexEntry>, Failure> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    for copy in copies {
+        let archive = archive_of(looks, copy);
+        let wanted = |digest: &Digest| digest.has_events() && between.may_touch_digest(digest);
+        for directory in copy.catalog.directories() {
+            let is_new = |digest: &Digest| wanted(digest) && !seen.contains(&digest.segment);
+            found.extend(archive.entries(directory, is_new).await?);
+            seen.extend(directory.sealed.iter().filter(|digest| wanted(digest)).map(|digest| digest.segment));
+        }
+    }
+    Ok(found)
+}
+
+fn archive_of(looks: &[Look], copy: &Copy<'_>) -> Archive {
+    let look = looks.iter().find(|look| look.config.name == copy.repository).expect("copies are of these repositories");
+    look.archive(&copy.catalog.lineage)
 }
 
 /// The last segment of each timeline, where there are only tails of it. Others are behind a hole, and `gaps` tells.
-fn unfinished(copies: &[Copy<'_>], sealed: &BTreeMap<SegmentName, &IndexEntry>) -> Vec<SegmentName> {
+fn unfinished(copies: &[Copy<'_>]) -> Vec<SegmentName> {
     let mut last: BTreeMap<TimelineId, SegmentName> = BTreeMap::new();
-    for contents in copies.iter().flat_map(|copy| copy.catalog.timelines.values().flatten()) {
-        for &name in contents.tails.keys().filter(|name| !sealed.contains_key(name)) {
+    let is_open = |name: &&SegmentName| copies.iter().all(|copy| copy.catalog.sealed(**name).is_none());
+    for directory in copies.iter().flat_map(|copy| copy.catalog.directories()) {
+        for &name in directory.tails.keys().filter(is_open) {
             let known = last.entry(name.timeline).or_insert(name);
             *known = name.max(*known);
         }
@@ -120,7 +133,7 @@ async fn read_unfinished(
     lineage: &Lineage,
     keys: &Keys,
     held: &Holdings,
-    sealed: &BTreeMap<SegmentName, &IndexEntry>,
+    copies: &[Copy<'_>],
     name: SegmentName,
 ) -> Result<SegmentSummary, Failure> {
     let holders = looks.iter().filter(|look| look.file_of(lineage).is_some());
@@ -137,14 +150,27 @@ async fn read_unfinished(
     let size = held.segment_size;
     let history = continuity::path_of(name.timeline, &held.histories, held.start_timeline)
         .unwrap_or_else(|| History::root(name.timeline));
-    let pieces = held.pieces.get(&name.timeline).into_iter().flatten();
-    let end = pieces.map(|piece| piece.to).max().unwrap_or(Lsn::ZERO);
-    let before = sealed.range(..name).next_back().map(|(_, entry)| *entry);
+    let end = held.end(name.timeline).unwrap_or(Lsn::ZERO);
     let start = name.number(size).map(|number| size.start_of(number)).expect("it was listed with this size");
-    let carry = before.filter(|entry| entry.end_lsn == start && entry.segment.timeline == name.timeline);
-    let carry = carry.map_or_else(Carry::default, |entry| entry.summary.carry.clone());
+    let carry = carry_before(looks, copies, name.timeline, start, size).await?;
     let options = ScanOptions { system_id: lineage.system_id, segment_size: size, history };
     summarise(&path, Scanner::new(options, start, carry), end)
+}
+
+/// What the segment before leaves to whoever goes on proving, where somebody has it sealed.
+async fn carry_before(
+    looks: &[Look],
+    copies: &[Copy<'_>],
+    timeline: TimelineId,
+    start: Lsn,
+    size: SegmentSize,
+) -> Result<Carry, Failure> {
+    let before = SegmentName::new(timeline, size.segment_before(start), size);
+    let Some(copy) = copies.iter().find(|copy| copy.catalog.sealed(before).is_some()) else {
+        return Ok(Carry::default());
+    };
+    let contents = archive_of(looks, copy).directory_around(before, size).await?;
+    Ok(contents.sealed(before).map_or_else(Carry::default, |entry| entry.summary.carry.clone()))
 }
 
 /// Reads a segment's file up to `end`: behind it are the zeros it was padded with.

@@ -17,6 +17,7 @@ mod keys;
 mod list;
 mod output;
 mod pin;
+mod progress;
 mod repositories;
 mod restorable;
 mod restore;

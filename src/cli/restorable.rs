@@ -3,7 +3,7 @@
 
 use futures_util::future::join_all;
 
-use super::repositories::{self, Copy, Look, Unread};
+use super::repositories::{self, Look, Unread};
 use crate::catalog::{BackupRecord, Holdings};
 use crate::error::{ExitCode, Failure};
 use crate::repository::layout::Lineage;
@@ -11,8 +11,7 @@ use crate::restore::reach::{self, KnownBackup, Reach};
 
 /// One lineage, as all repositories that can be read hold it together.
 #[derive(Debug)]
-pub struct Restorable<'a> {
-    pub copies: Vec<Copy<'a>>,
+pub struct Restorable {
     pub held: Holdings,
     /// Complete ones.
     pub backups: Vec<KnownBackup>,
@@ -20,13 +19,13 @@ pub struct Restorable<'a> {
     pub unread: Vec<Unread>,
 }
 
-impl Restorable<'_> {
+impl Restorable {
     pub fn reach(&self) -> Reach<'_> {
-        Reach::new(&self.held, self.copies.iter().map(|copy| &copy.catalog).collect(), &self.backups)
+        Reach::new(&self.held, &self.backups)
     }
 }
 
-pub async fn read<'a>(looks: &'a [Look], lineage: &Lineage) -> Result<Restorable<'a>, Failure> {
+pub async fn read(looks: &[Look], lineage: &Lineage) -> Result<Restorable, Failure> {
     // The backups first: what a complete one needs is there before it is.
     let (records, mut unread) = records(looks, lineage).await;
     let (copies, unread_copies) = repositories::copies(looks, lineage).await;
@@ -44,7 +43,7 @@ pub async fn read<'a>(looks: &'a [Look], lineage: &Lineage) -> Result<Restorable
         Failure::new(ExitCode::Data, error.to_string())
             .hint("they are no copies of one archive: choose one by leaving the others out of `repositories`")
     })?;
-    Ok(Restorable { copies, held, backups, unread })
+    Ok(Restorable { held, backups, unread })
 }
 
 /// What each repository has of backups, in the order given.

@@ -123,7 +123,7 @@ async fn server_end(global: &Global, lineage: &Lineage) -> Option<ServerEnd> {
     is_ours.then_some(ServerEnd { timeline: facts.timeline?, lsn: facts.flush_lsn?, at: facts.now? })
 }
 
-fn unchosen_failure(unchosen: Unchosen, found: &Restorable<'_>) -> Failure {
+fn unchosen_failure(unchosen: Unchosen, found: &Restorable) -> Failure {
     match unchosen {
         Unchosen::Usage(message) => Failure::new(ExitCode::Usage, message),
         Unchosen::Failed(error) => error.into(),
@@ -143,7 +143,7 @@ fn unchosen_failure(unchosen: Unchosen, found: &Restorable<'_>) -> Failure {
     }
 }
 
-fn plan(lineage: Lineage, found: &Restorable<'_>, wish: &Wish, chosen: Chosen) -> RestorePlan {
+fn plan(lineage: Lineage, found: &Restorable, wish: &Wish, chosen: Chosen) -> RestorePlan {
     let unread = found.unread.iter().map(|unread| {
         format!("repository {} cannot be read, and may hold more: {}", unread.repository, unread.failure)
     });

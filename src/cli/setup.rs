@@ -12,7 +12,7 @@ use tokio::runtime;
 
 use super::args::Global;
 use super::keys;
-use crate::agent::backup::BackupSettings;
+use crate::agent::backup::{BackupSettings, HUNG_AFTER};
 use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
 use crate::backup::BackupOptions;
@@ -210,6 +210,8 @@ pub fn backups(cluster: &ClusterConfig) -> BackupSettings {
             ..BackupOptions::default()
         },
         from,
+        schedule: cluster.schedule.clone(),
+        hung_after: HUNG_AFTER,
     }
 }
 

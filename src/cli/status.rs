@@ -8,18 +8,20 @@ use super::args::{Global, StatusArgs};
 use super::repositories::{self, Copy, Look};
 use super::server::{self, ServerFacts};
 use super::{Verdict, list, output, restorable, setup};
+use crate::agent::backup::planned::{self, Planned};
 use crate::archiver::Workers;
 use crate::catalog::shelf::{Outcome, Shelved};
 use crate::catalog::{BackupRecord, Catalog, Holdings};
 use crate::config::{ClusterConfig, HttpConfig};
 use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
-use crate::monitor::backup::{BackupEntry, BackupRunning};
+use crate::monitor::backup::{BackupEntry, BackupRunning, NextBackup};
 use crate::monitor::status::{Moment, Window};
 use crate::monitor::{self, client};
 use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
 use crate::restore::reach::{self, Ends, Interval, KnownBackup, Point, Reach};
+use crate::schedule::Next;
 use crate::wal::{Lsn, Proof, SystemId};
 
 /// A loss of more than this, while the agent streams, is worth a word: a tail's upload starts after seconds.
@@ -57,6 +59,8 @@ struct ClusterStatus {
     last_backup: Option<BackupEntry>,
     /// Under way: taken by whom, only an agent that takes it can tell more.
     backup_running: Option<BackupRunning>,
+    /// As the schedule and what is there have it; an agent that is gone takes none.
+    next_backup: Option<NextBackup>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     window: Option<Window>,
     /// Open ones.
@@ -185,7 +189,7 @@ async fn status(cluster: &ClusterConfig) -> Result<ClusterStatus, Failure> {
     }
     let system_id = server.as_ref().ok().and_then(|facts| facts.system_id);
     let looks = repositories::look(&cluster.repositories, &cluster.name).await;
-    add_repositories(&mut status, &looks, cluster.required, system_id).await;
+    add_repositories(&mut status, &looks, cluster, system_id).await;
     add_loss(&mut status, world.clock.now());
     Ok(status)
 }
@@ -241,7 +245,13 @@ fn newest(looks: &[Look], system_id: Option<SystemId>) -> Option<Lineage> {
     ours.max_by_key(|(lineage, file)| (file.created, lineage.ordinal)).map(|(lineage, _)| lineage)
 }
 
-async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: usize, system_id: Option<SystemId>) {
+async fn add_repositories(
+    status: &mut ClusterStatus,
+    looks: &[Look],
+    cluster: &ClusterConfig,
+    system_id: Option<SystemId>,
+) {
+    let required = cluster.required;
     let lineage = newest(looks, system_id);
     let (copies, unread) = match &lineage {
         Some(lineage) => repositories::copies(looks, lineage).await,
@@ -268,18 +278,23 @@ async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: 
         status.repositories.push(RepositoryStatus { name: name.clone(), frontier_lsn: None, state });
     }
     let Some(lineage) = lineage.filter(|_| !copies.is_empty()) else { return };
-    let backups = add_backups(status, looks, &lineage).await;
+    let backups = add_backups(status, looks, cluster, &lineage).await;
     match repositories::union(&lineage, &copies) {
         Ok(all) => {
             add_union(status, &all, &copies, required);
-            add_window(status, &all, &copies, &backups);
+            add_window(status, &all, &backups);
         }
         Err(failure) => status.finding(Health::Failing, failure.message),
     }
 }
 
 /// Without a base backup the WAL alone restores nothing.
-async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Lineage) -> Vec<KnownBackup> {
+async fn add_backups(
+    status: &mut ClusterStatus,
+    looks: &[Look],
+    cluster: &ClusterConfig,
+    lineage: &Lineage,
+) -> Vec<KnownBackup> {
     let (shelves, _) = list::shelves(looks, lineage).await;
     let all = list::union(&shelves);
     let name = lineage.directory_name();
@@ -291,6 +306,14 @@ async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Linea
         ..BackupRunning::default()
     });
     status.backup_running = running;
+    if cluster.backup.automatic {
+        let now = Timestamp::now();
+        let planned = Planned::new(cluster.schedule.clone(), &cluster.name, now);
+        let held = shelves.iter().filter(|(_, shelf)| shelf.complete().next().is_some());
+        let nexts: Vec<Next> =
+            held.filter_map(|(_, shelf)| planned.next(&name, shelf, now, status.server_lsn)).collect();
+        status.next_backup = planned::earliest(nexts.iter());
+    }
     let under_way = status.backup_running.as_ref().map_or("", |_| "; one is being taken");
     let lacking: Vec<&str> = shelves
         .iter()
@@ -317,8 +340,8 @@ async fn add_backups(status: &mut ClusterStatus, looks: &[Look], lineage: &Linea
 }
 
 /// Which instants could be restored now.
-fn add_window(status: &mut ClusterStatus, all: &Holdings, copies: &[Copy<'_>], backups: &[KnownBackup]) {
-    let newest = Reach::new(all, copies.iter().map(|copy| &copy.catalog).collect(), backups).newest_interval();
+fn add_window(status: &mut ClusterStatus, all: &Holdings, backups: &[KnownBackup]) {
+    let newest = Reach::new(all, backups).newest_interval();
     match &newest {
         None if backups.is_empty() => {}
         None => status.finding(Health::Failing, "no backup can be restored: WAL that it needs is missing"),
@@ -347,7 +370,7 @@ async fn window_in_repositories(cluster: &ClusterConfig, system_id: Option<Syste
 fn add_union(status: &mut ClusterStatus, all: &Holdings, copies: &[Copy<'_>], required: usize) {
     let system_id = copies[0].catalog.lineage.system_id;
     status.system_id.get_or_insert_with(|| system_id.to_string());
-    let newest = all.pieces.keys().next_back().copied().unwrap_or(all.start_timeline);
+    let newest = all.parts.keys().next_back().copied().unwrap_or(all.start_timeline);
     status.timeline.get_or_insert(newest.0);
     let frontier_of = |held: &Holdings| continuity::all_runs(held).pop();
     let furthest = frontier_of(all);
@@ -406,17 +429,17 @@ fn bytes_behind(frontier: Option<&Run>, furthest: Option<&Run>) -> u64 {
 }
 
 fn conflicts(all: &Holdings, copies: &[Copy<'_>]) -> usize {
-    let directories = copies.iter().flat_map(|copy| copy.catalog.timelines.values().flatten());
+    let directories = copies.iter().flat_map(|copy| copy.catalog.directories());
     let mut names = all.disputed.clone();
-    names.extend(directories.flat_map(|directory| directory.conflicts.keys().copied()));
+    names.extend(directories.flat_map(|directory| directory.conflicts.iter().copied()));
     names.len()
 }
 
 /// The newest segment is of a WAL format this program cannot read: stored, but not checked.
 fn is_unproven(catalog: &Catalog) -> bool {
     let newest = catalog.timelines.values().next_back().into_iter().flatten();
-    let entry = newest.filter_map(|directory| directory.entries.values().next_back()).next_back();
-    entry.is_some_and(|entry| entry.summary.proof == Proof::Unproven)
+    let digest = newest.filter_map(|directory| directory.indexed().max_by_key(|digest| digest.segment)).next_back();
+    digest.is_some_and(|digest| digest.proof == Proof::Unproven)
 }
 
 /// What would be lost if the server burned now: everything since the last durable commit, or nothing.
@@ -459,12 +482,13 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or(none.to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}, restorable {}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}{}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}{}, restorable {}, open gaps {gaps}",
             self.name,
             self.health.word(),
             self.in_repositories(),
             safe.unwrap_or_default(),
             self.last_backup.as_ref().map_or("none", |backup| &backup.id),
+            self.next_backup.as_ref().map_or(String::new(), |next| format!(", next {}", next.to_text())),
             self.window.map_or("nothing".to_string(), |window| window.to_string()),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));

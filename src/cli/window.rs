@@ -105,7 +105,7 @@ async fn find(archives: &[ArchiveConfig]) -> Result<Answer, Failure> {
     Ok(answer)
 }
 
-fn shown(lineage: &Lineage, found: &Restorable<'_>, is_newest: bool) -> ShownLineage {
+fn shown(lineage: &Lineage, found: &Restorable, is_newest: bool) -> ShownLineage {
     let reach = found.reach();
     let timelines: Vec<ShownTimeline> =
         reach.timelines().into_iter().filter_map(|timeline| of_line(&reach, timeline)).collect();

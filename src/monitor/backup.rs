@@ -52,6 +52,27 @@ impl BackupStatus {
     }
 }
 
+/// The next one of the schedule.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NextBackup {
+    #[serde(rename = "type")]
+    pub backup_type: BackupType,
+    /// `None`: WAL decides, not time.
+    pub at: Option<Timestamp>,
+    /// The line of the schedule, and what is to say about it.
+    pub because: String,
+}
+
+impl NextBackup {
+    /// `2026-11-29T02:00:00Z (0 2 * * 0)`.
+    pub fn to_text(&self) -> String {
+        match self.at {
+            Some(at) => format!("{at:.0} ({})", self.because),
+            None => self.because.clone(),
+        }
+    }
+}
+
 /// A backup that is being taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackupRunning {

@@ -91,6 +91,7 @@ fn set_backups(facts: &ClusterFacts, set: impl Fn(&'static str, f64)) {
     set(names::BACKUP_SECONDS, took.unwrap_or(f64::NAN));
     set(names::BACKUP_RAW, number(last.and_then(|last| last.raw_bytes)));
     set(names::BACKUP_STORED, number(last.and_then(|last| last.stored_bytes)));
+    set(names::BACKUP_NEXT, backups.next.as_ref().and_then(|next| next.at).map_or(f64::NAN, seconds));
     set(names::BACKUP_RUNNING, truth(backups.running.is_some()));
     set(names::BACKUP_DONE_BYTES, number(backups.running.as_ref().map(|running| running.raw_bytes)));
     set(names::BACKUPS_MISSING, number(backups.is_known.then_some(backups.missing.len() as u64)));

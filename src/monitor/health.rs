@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::backup::{BackupEntry, BackupRunning};
+use super::backup::{BackupEntry, BackupRunning, NextBackup};
 use super::retention::RetentionFacts;
 use super::status::{ClusterStatus, Health, RepositoryStatus, SlotStatus, State, size};
 use crate::receiver::Acknowledge;
@@ -45,6 +45,8 @@ pub struct ClusterFacts {
     pub gaps: Option<usize>,
     pub backups: BackupFacts,
     pub retention: RetentionFacts,
+    /// How many objects in the repositories are damaged and not mended; one of them, and why.
+    pub damaged: Option<(usize, String)>,
     /// Why there is no stream.
     pub failure: Option<String>,
     /// Why less is acknowledged than the contract promises.
@@ -141,6 +143,8 @@ pub struct BackupFacts {
     pub is_behind_gap: bool,
     /// Taken by this agent.
     pub running: Option<BackupRunning>,
+    /// Of the schedule; `None`: there is none, or nothing to go on from yet.
+    pub next: Option<NextBackup>,
     /// Of this agent, since it started.
     pub failures: u64,
     /// Why the last attempt came to nothing, until one succeeds.
@@ -206,6 +210,9 @@ impl ClusterFacts {
         self.find_in_repositories(&mut find);
         if let Some(why) = &self.contract_broken {
             find(Health::Degraded, true, format!("less is acknowledged than promised: {why}"));
+        }
+        if let Some((count, first)) = &self.damaged {
+            find(Health::Degraded, true, format!("{count} damaged object(s) in the archive: {first}"));
         }
         if let Some(count @ 1..) = self.gaps {
             find(Health::Degraded, true, format!("{count} open gap(s) in the archive: see `seawall gaps`"));
@@ -310,6 +317,7 @@ impl ClusterFacts {
             last_backup: self.backups.last.clone(),
             backup_running: self.backups.running.clone(),
             retention: self.retention.to_status(),
+            next_backup: self.backups.next.clone(),
             window: None,
             gaps: self.gaps,
             health: Health::Ok,
@@ -502,7 +510,7 @@ mod tests {
         assert_eq!(healthy().findings(), []);
         assert_eq!(healthy().to_status().health, Health::Ok);
         type Break = fn(&mut ClusterFacts);
-        let cases: [(Break, Health, bool, &str); 12] = [
+        let cases: [(Break, Health, bool, &str); 13] = [
             (|f| f.state = State::Connecting, Health::Failing, true, "not streaming: connecting"),
             (|f| f.state = State::Paused, Health::Degraded, false, "not reading"),
             (|f| f.state = State::Waiting, Health::Degraded, true, "another agent"),
@@ -521,6 +529,12 @@ mod tests {
                 "repository local does not take WAL",
             ),
             (|f| f.gaps = Some(2), Health::Degraded, true, "2 open gap(s)"),
+            (
+                |f| f.damaged = Some((1, "x: gone".into())),
+                Health::Degraded,
+                true,
+                "1 damaged object(s) in the archive: x",
+            ),
             (|f| f.slot.lost = Some("wal_removed".into()), Health::Failing, true, "is lost: wal_removed"),
             (|f| f.slot.wal_status = Some("unreserved".into()), Health::Failing, true, "next checkpoint"),
             (|f| f.contract_broken = Some("the spool is full".into()), Health::Degraded, true, "the spool is full"),

@@ -4,7 +4,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::backup::{BackupEntry, BackupRunning};
+use super::backup::{BackupEntry, BackupRunning, NextBackup};
 use super::retention::RetentionStatus;
 use crate::receiver::Acknowledge;
 use crate::wal::Lsn;
@@ -45,6 +45,8 @@ pub struct ClusterStatus {
     /// What the agent has expired; `None` where it does not, or is not asked.
     #[serde(default)]
     pub retention: Option<RetentionStatus>,
+    /// Of the schedule.
+    pub next_backup: Option<NextBackup>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     pub window: Option<Window>,
     /// Open ones.
@@ -186,11 +188,12 @@ impl ClusterStatus {
         let durable = self.durable_lsn.map_or("nothing".to_string(), |lsn| lsn.to_string());
         let gaps = self.gaps.map_or("unknown".to_string(), |count| count.to_string());
         let line = format!(
-            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}{}, open gaps {gaps}",
+            "{}: {}, {state}, durable to {durable}, RPO {rpo}, lag {lag}, slot {slot}{}, last backup {}{}{}, open gaps {gaps}",
             self.name,
             self.health.word(),
             safe.unwrap_or_default(),
             self.last_backup.as_ref().map_or("none", |backup| &backup.id),
+            self.next_backup.as_ref().map_or(String::new(), |next| format!(", next {}", next.to_text())),
             self.window.map_or(String::new(), |window| format!(", restorable {window}")),
         );
         let reasons = self.reasons.iter().map(|reason| format!("  - {reason}"));

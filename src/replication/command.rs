@@ -90,6 +90,11 @@ pub fn start_replication(slot: &SlotName, start: Lsn, timeline: TimelineId) -> S
     format!("START_REPLICATION SLOT \"{slot}\" PHYSICAL {start} TIMELINE {timeline}")
 }
 
+/// Without a slot: the server keeps nothing for it, and sends what it still has.
+pub fn start_replication_without_slot(start: Lsn, timeline: TimelineId) -> String {
+    format!("START_REPLICATION PHYSICAL {start} TIMELINE {timeline}")
+}
+
 /// The answer to a simple query: the rows of all its result sets, values in text form, `None` for NULL.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueryResult {

@@ -366,8 +366,16 @@ impl Connection {
         start: Lsn,
         timeline: TimelineId,
     ) -> Result<Start, ReplicationError> {
+        self.start(command::start_replication(slot, start, timeline)).await
+    }
+
+    /// As [`start_replication`](Self::start_replication), of WAL that no slot holds.
+    pub async fn start_without_slot(&mut self, start: Lsn, timeline: TimelineId) -> Result<Start, ReplicationError> {
+        self.start(command::start_replication_without_slot(start, timeline)).await
+    }
+
+    async fn start(&mut self, sql: String) -> Result<Start, ReplicationError> {
         let phase = Phase::StartReplication;
-        let sql = command::start_replication(slot, start, timeline);
         self.received_wal = false;
         self.decoder = StreamDecoder::default();
         match self.exchange(&sql, phase).await? {

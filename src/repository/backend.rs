@@ -108,6 +108,24 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Names directly below `directory` (`None`: the root), sorted; an absent directory is empty.
     async fn list(&self, directory: Option<&Key>) -> Result<Vec<Entry>, StoreError>;
 
+    /// Whether [`Backend::list_deep`] answers: where the names below many directories come in fewer requests than there
+    /// are directories.
+    fn lists_deep(&self) -> bool {
+        false
+    }
+
+    /// Every object, at any depth, below the directories from `first` to `last` (both included, in the order of their
+    /// names) that lie directly in `directory`: paths below `directory`, sorted, with sizes. It comes in pages: what is
+    /// stored or deleted meanwhile may show or not. `None` where it cannot be told so after all.
+    async fn list_deep(
+        &self,
+        _directory: &Key,
+        _first: &str,
+        _last: &str,
+    ) -> Result<Option<Vec<(String, u64)>>, StoreError> {
+        Ok(None)
+    }
+
     /// Takes the place for what it is now, where it may be another than before: a directory made anew in the place of one
     /// that was lost. Before a repository is opened, never while it is written to.
     async fn look_anew(&self) -> Result<(), StoreError> {

@@ -133,6 +133,19 @@ impl Backend for MeteredBackend {
         self.call("list").end(self.inner.list(directory).await)
     }
 
+    fn lists_deep(&self) -> bool {
+        self.inner.lists_deep()
+    }
+
+    async fn list_deep(
+        &self,
+        directory: &Key,
+        first: &str,
+        last: &str,
+    ) -> Result<Option<Vec<(String, u64)>>, StoreError> {
+        self.call("list").end(self.inner.list_deep(directory, first, last).await)
+    }
+
     async fn look_anew(&self) -> Result<(), StoreError> {
         self.inner.look_anew().await
     }

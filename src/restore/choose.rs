@@ -11,6 +11,7 @@ use super::plan::{Replay, Stop, StopPoint};
 use super::reach::{Block, Ends, Interval, KnownBackup, Line, Reach};
 use super::search::{Search, SearchError};
 use super::target::{self, Action, Target, TimelineChoice, Wish};
+use crate::catalog::Digest;
 use crate::continuity::Stretch;
 use crate::repository::layout::BackupId;
 use crate::wal::{Found, FoundKind, History, Lsn, Sought, TimelineId};
@@ -302,9 +303,8 @@ impl Question<'_, '_> {
 
     async fn transaction(&self, xid: u32) -> Result<Chosen, Unchosen> {
         let may_hold = |block: &Block<'_>| {
-            let Some(entry) = block.entry else { return true };
-            let range = entry.summary.min_xid.zip(entry.summary.max_xid);
-            range.is_some_and(|(min, max)| (min..=max).contains(&xid))
+            let Some(digest) = block.digest else { return true };
+            digest.xids().is_some_and(|(min, max)| (min..=max).contains(&xid))
         };
         let sought = Sought::EndOf { xid };
         let ends = self.everywhere(&sought, may_hold).await?;
@@ -318,9 +318,8 @@ impl Question<'_, '_> {
 
     async fn restore_point(&self, name: &str) -> Result<Chosen, Unchosen> {
         let may_hold = |block: &Block<'_>| {
-            let Some(entry) = block.entry else { return true };
-            let summary = &entry.summary;
-            summary.truncated || summary.restore_points.iter().any(|point| point.name == name)
+            let Some(digest) = block.digest else { return true };
+            digest.is_truncated || digest.restore_points().any(|point| point == name)
         };
         let points = self.everywhere(&Sought::RestorePoint { name: name.to_string() }, may_hold).await?;
         self.at_one(&format!("restore point {name:?}"), points, |_| "set", |_| Stop::Name(name.to_string()))
@@ -444,8 +443,8 @@ impl Question<'_, '_> {
     ) -> Result<Option<Found>, Unchosen> {
         let line = &self.candidates.line;
         let may_hold = |block: &Block<'_>| {
-            let Some(entry) = block.entry else { return true };
-            entry.summary.max_commit_time.is_some_and(|max| self.is_past(max, target))
+            let Some(digest) = block.digest else { return true };
+            digest.max_commit_time().is_some_and(|max| self.is_past(max, target))
         };
         let sought = Sought::EndPast { time: target, or_at: self.wish.exclusive };
         for part in self.ranges(line, range, may_hold) {
@@ -461,9 +460,8 @@ impl Question<'_, '_> {
     async fn is_before(&self, backup: &KnownBackup, stretch: &Stretch, target: Timestamp) -> Result<bool, Unchosen> {
         let line = &self.candidates.line;
         let first = self.reach.size().floor(backup.start_lsn);
-        let blocks = self.reach.blocks(line, stretch.from, backup.stop_lsn);
         let is_past = |time: Option<Timestamp>| time.is_some_and(|time| self.is_past(time, target));
-        let before = blocks.iter().rev().filter(|block| !block.is_cut).find_map(|block| block.last_commit);
+        let before = self.reach.last_commit_before(line, stretch.from, backup.stop_lsn);
         if is_past(backup.stop_time) || is_past(before) {
             return Ok(false);
         }
@@ -478,9 +476,9 @@ impl Question<'_, '_> {
             unclear.push(first..backup.stop_lsn);
         }
         let is_read = !unclear.is_empty();
-        for block in blocks.iter().filter(|block| block.to > first) {
-            match block.entry {
-                Some(entry) if !is_past(entry.summary.max_commit_time) => {}
+        for block in self.reach.blocks(line, first.max(stretch.from), backup.stop_lsn) {
+            match block.digest {
+                Some(digest) if !is_past(digest.max_commit_time()) => {}
                 Some(_) if !block.is_cut => return Ok(false),
                 // What is past may lie behind the consistency, or a tail may hold it.
                 _ if is_read => {}
@@ -500,7 +498,7 @@ impl Question<'_, '_> {
     async fn last_time(&self, backup: &KnownBackup, stretch: &Stretch) -> Result<Option<Timestamp>, Unchosen> {
         let line = &self.candidates.line;
         let blocks = self.reach.blocks(line, backup.stop_lsn, stretch.to);
-        let of = |block: &Block<'_>| block.entry.and_then(|entry| entry.summary.max_commit_time).max(block.last_commit);
+        let of = |block: &Block<'_>| block.digest.and_then(Digest::max_commit_time).max(block.last_commit);
         let indexed = blocks.iter().filter(|block| !block.is_cut).filter_map(of).max();
         let last_segment = self.reach.size().floor(Lsn(stretch.to.0.saturating_sub(1)));
         let range = last_segment.max(backup.stop_lsn)..stretch.to;

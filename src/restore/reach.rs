@@ -10,9 +10,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 
 use super::plan::BackupCopy;
-use crate::catalog::{BackupFile, BackupRecord, Catalog, Holdings, IndexEntry, Source};
+use crate::catalog::union::{Part, SealedSpan};
+use crate::catalog::{BackupFile, BackupRecord, Digest, Holdings, Piece};
 use crate::continuity::{self, Gap, GapState, Run, Stretch};
-use crate::repository::layout::{BackupId, WalDirectory};
+use crate::repository::layout::BackupId;
 use crate::wal::{History, Lsn, Proof, SegmentName, SegmentSize, TimelineId};
 
 /// A complete backup, in every repository that has it and all that it builds on.
@@ -151,7 +152,6 @@ pub struct Interval {
 #[derive(Debug)]
 pub struct Reach<'a> {
     pub held: &'a Holdings,
-    catalogs: Vec<&'a Catalog>,
     /// By when they are consistent.
     pub backups: &'a [KnownBackup],
     runs: Vec<Run>,
@@ -167,10 +167,9 @@ pub struct Line {
 }
 
 impl<'a> Reach<'a> {
-    /// `held` is the union of the catalogs.
-    pub fn new(held: &'a Holdings, catalogs: Vec<&'a Catalog>, backups: &'a [KnownBackup]) -> Reach<'a> {
+    pub fn new(held: &'a Holdings, backups: &'a [KnownBackup]) -> Reach<'a> {
         let gaps = continuity::gaps_of(held).into_iter().filter(|gap| gap.state == GapState::Open).collect();
-        Reach { held, catalogs, backups, runs: continuity::all_runs(held), gaps }
+        Reach { held, backups, runs: continuity::all_runs(held), gaps }
     }
 
     pub fn size(&self) -> SegmentSize {
@@ -179,7 +178,7 @@ impl<'a> Reach<'a> {
 
     /// Every timeline the archive knows by history, by data, or as its start.
     pub fn timelines(&self) -> BTreeSet<TimelineId> {
-        let known = self.held.histories.keys().chain(self.held.pieces.keys());
+        let known = self.held.histories.keys().chain(self.held.parts.keys());
         known.copied().chain([self.held.start_timeline]).collect()
     }
 
@@ -269,47 +268,62 @@ impl<'a> Reach<'a> {
 
     /// Of the last commit in a stretch that is known to be of the line.
     pub fn last_commit(&self, line: &Line, stretch: &Stretch) -> Option<Timestamp> {
-        let known = |block: Block<'_>| (!block.is_cut).then_some(block.last_commit).flatten();
-        self.blocks(line, stretch.from, stretch.to).into_iter().rev().find_map(known)
+        self.last_commit_before(line, stretch.from, stretch.to)
+    }
+
+    /// Of the last commit in [from, to) that is known to be of the line.
+    pub fn last_commit_before(&self, line: &Line, from: Lsn, to: Lsn) -> Option<Timestamp> {
+        let path = &line.path;
+        let timelines = path.ancestors().iter().map(|entry| entry.timeline).chain([path.timeline]);
+        let knows = |block: &Block<'_>| !block.is_cut && block.last_commit.is_some();
+        // The last one of each part: parts are few, what they are made of are not.
+        let last = timelines.filter_map(|timeline| {
+            let bounds = self.bounds(path, timeline, from, to);
+            let parts = self.held.parts(timeline).iter();
+            parts.filter_map(|part| blocks_of(part, timeline, bounds).rfind(knows)).max_by_key(Block::order)
+        });
+        last.max_by_key(Block::order)?.last_commit
     }
 
     /// The objects that hold a line's WAL [from, to), in order. They may overlap where a timeline forks.
     pub fn blocks(&self, line: &Line, from: Lsn, to: Lsn) -> Vec<Block<'a>> {
         let path = &line.path;
         let timelines = path.ancestors().iter().map(|entry| entry.timeline).chain([path.timeline]);
-        let mut blocks: Vec<Block<'a>> =
-            timelines.flat_map(|timeline| self.blocks_of(path, timeline, from, to)).collect();
-        blocks.sort_by_key(|block| (block.from, block.timeline, block.to));
+        let of = |timeline| {
+            let bounds = self.bounds(path, timeline, from, to);
+            self.held.parts(timeline).iter().flat_map(move |part| blocks_of(part, timeline, bounds))
+        };
+        let mut blocks: Vec<Block<'a>> = timelines.flat_map(of).collect();
+        blocks.sort_by_key(Block::order);
         blocks
     }
 
-    fn blocks_of(&self, path: &History, timeline: TimelineId, from: Lsn, to: Lsn) -> Vec<Block<'a>> {
-        let size = self.size();
-        let begin = path.begin_of(timeline).map_or(Lsn::MAX, |begin| size.floor(begin));
+    /// The part of [from, to) that a line has of a timeline.
+    fn bounds(&self, path: &History, timeline: TimelineId, from: Lsn, to: Lsn) -> (Lsn, Lsn) {
+        let begin = path.begin_of(timeline).map_or(Lsn::MAX, |begin| self.size().floor(begin));
         let end = path.end_of(timeline).unwrap_or(Lsn::MAX);
-        let (first, limit) = (from.max(begin), to.min(end));
-        let pieces = self.held.pieces.get(&timeline).into_iter().flatten();
-        let on_line = pieces.filter(|piece| piece.from < limit && first < piece.to);
-        let block = |piece: &crate::catalog::Piece| {
-            let entry = match piece.source {
-                Source::Sealed(name) => self.entry(name),
-                Source::Tail(_) => None,
-            };
-            let is_cut = piece.to > limit;
-            Block { timeline, from: piece.from, to: piece.to.min(limit), is_cut, entry, last_commit: piece.last_commit }
-        };
-        on_line.map(block).collect()
+        (from.max(begin), to.min(end))
     }
+}
 
-    /// The index entry of a segment whose object some repository has.
-    fn entry(&self, name: SegmentName) -> Option<&'a IndexEntry> {
-        let of = |catalog: &&'a Catalog| {
-            let directories = catalog.timelines.get(&name.timeline)?;
-            let at = directories.binary_search_by_key(&WalDirectory::of(name), |contents| contents.directory).ok()?;
-            directories[at].sealed(name)
-        };
-        self.catalogs.iter().find_map(of)
-    }
+/// The objects of a part that hold any byte of [first, limit), in order.
+fn blocks_of(
+    part: &Part,
+    timeline: TimelineId,
+    (first, limit): (Lsn, Lsn),
+) -> impl DoubleEndedIterator<Item = Block<'_>> {
+    let (sealed, tail): (Option<&SealedSpan>, Option<&Piece>) = match part {
+        Part::Sealed(sealed) => (Some(sealed), None),
+        Part::Tail(piece) => (None, Some(piece)),
+    };
+    let block = move |piece: Piece, digest| {
+        let is_cut = piece.to > limit;
+        Block { timeline, from: piece.from, to: piece.to.min(limit), is_cut, digest, last_commit: piece.last_commit }
+    };
+    let sealed = sealed.into_iter().flat_map(move |sealed| sealed.within(first, limit));
+    let tail = tail.into_iter().filter(move |piece| first < limit && piece.from < limit && first < piece.to);
+    let sealed = sealed.map(move |(piece, digest)| block(piece, Some(digest)));
+    sealed.chain(tail.map(move |piece| block(piece.clone(), None)))
 }
 
 /// WAL of a line in one object.
@@ -322,8 +336,14 @@ pub struct Block<'a> {
     /// The object has more: what it says of itself may be about that.
     pub is_cut: bool,
     /// Of a sealed segment; a tail says nothing of itself but its last commit.
-    pub entry: Option<&'a IndexEntry>,
+    pub digest: Option<&'a Digest>,
     pub last_commit: Option<Timestamp>,
+}
+
+impl Block<'_> {
+    fn order(&self) -> (Lsn, TimelineId, Lsn) {
+        (self.from, self.timeline, self.to)
+    }
 }
 
 #[cfg(test)]

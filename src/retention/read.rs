@@ -5,32 +5,23 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use jiff::Timestamp;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::inventory::{Announcement, Debris, DebrisKind, HeldBackup, HeldIndex, HeldPin, HeldSegment, Inventory};
 use crate::catalog::backup::{BackupFile, BackupRecord, PinFile};
 use crate::catalog::contents::{DirectoryContents, segment_span};
 use crate::catalog::damage::Damages;
+use crate::catalog::digest::{Digest, Indexed};
 use crate::catalog::ledger::{self, ANNOUNCEMENT, Expired, FactKind, LedgerFact};
 use crate::catalog::shelf::{self, Outcome};
-use crate::catalog::store::inventory::{HeldDirectory, HeldObject};
+use crate::catalog::store::inventory::HeldObject;
 use crate::catalog::{Archive, CatalogError};
 use crate::repository::Key;
-use crate::repository::layout::{BackupId, PinName, WalDirectory};
+use crate::repository::layout::{BackupId, IndexName, Lineage, PinName};
 use crate::wal::SegmentName;
 
-/// Directories read at the same time: each is a listing and an index object or two, and up to a thousand entries.
-const DIRECTORIES: usize = 16;
 const BACKUPS: usize = 8;
 /// Superfluous objects taken note of in one run: names are long, and the next run finds the rest.
 const DEBRIS_MAX: usize = 100_000;
-
-/// What one directory comes to.
-struct Digest {
-    segments: Vec<HeldSegment>,
-    indexes: Vec<HeldIndex>,
-    debris: Vec<Debris>,
-}
 
 /// Everything that is there. `now` is for what is shown of backups under way; whoever holds the lease knows of none.
 pub async fn read(archive: &Archive, now: Timestamp) -> Result<Inventory, CatalogError> {
@@ -43,22 +34,27 @@ pub async fn read(archive: &Archive, now: Timestamp) -> Result<Inventory, Catalo
     read_ledger(&mut inventory, &ledger, &facts);
     let (_, directories) = archive.wal_listing().await?;
     inventory.histories = archive.histories().await?;
-    let damaged: BTreeSet<SegmentName> = damages.iter().filter_map(|damage| damage.segment).collect();
-    let shared = std::sync::Arc::new((expired, damaged));
-    let read = stream::iter(directories).map(|directory| {
-        let (archive, shared) = (archive.clone(), shared.clone());
-        // A task each: reading an index is mostly work for a processor.
-        let task = tokio::spawn(async move {
-            let held = archive.held_directory(directory, size).await?;
-            Ok::<_, CatalogError>((directory, digest(&archive, held, &shared.0, &shared.1)))
-        });
-        async move { AbortOnDropHandle::new(task).await.expect("reading a directory does not panic") }
-    });
-    let mut read = read.buffered(DIRECTORIES);
-    while let Some((directory, digest)) = read.try_next().await? {
-        add_directory(&mut inventory, directory, digest);
+    let mut nested: Vec<Vec<IndexName>> = Vec::new();
+    let lineage = archive.lineage.clone();
+    let take = |mut contents: DirectoryContents<Digest>| {
+        contents.mark(&damages);
+        let names: Vec<IndexName> = contents.index_files.iter().map(|(name, _)| *name).collect();
+        let of_nested = nested_of(&names);
+        if !of_nested.is_empty() {
+            nested.push(of_nested);
+        }
+        add_directory(&mut inventory, &lineage, &contents, &expired);
+    };
+    archive.each_directory(directories, size, take).await?;
+    for names in nested {
+        let gone = archive.superseded_indexes(&names, size).await?;
+        let (superseded, stay): (Vec<HeldIndex>, Vec<HeldIndex>) =
+            inventory.indexes.into_iter().partition(|held| gone.contains(&held.name));
+        inventory.indexes = stay;
+        let debris =
+            superseded.into_iter().map(|held| (DebrisKind::Index, archive.lineage.index(held.name), held.bytes));
+        add_debris(&mut inventory, debris);
     }
-    drop(read);
     inventory.backups = read_backups(archive, &damages, now).await?;
     inventory.pins = read_pins(archive).await?;
     let leases = archive.old_leases().await?;
@@ -129,46 +125,46 @@ fn add_debris(inventory: &mut Inventory, debris: impl IntoIterator<Item = (Debri
     inventory.debris.extend(debris);
 }
 
-fn add_directory(inventory: &mut Inventory, directory: WalDirectory, digest: Digest) {
-    if !digest.segments.is_empty() {
-        inventory.wal.entry(directory.timeline).or_default().extend(digest.segments);
-    }
-    inventory.indexes.extend(digest.indexes);
-    add_debris(inventory, digest.debris.into_iter().map(|Debris { kind, key, bytes }| (kind, key, bytes)));
+/// Index objects within the bounds of another one, and those: what they hold has to be read.
+fn nested_of(names: &[IndexName]) -> Vec<IndexName> {
+    let is_within =
+        |one: &IndexName, other: &IndexName| one != other && other.first <= one.first && one.last <= other.last;
+    let is_nested = |name: &&IndexName| names.iter().any(|other| is_within(name, other) || is_within(other, name));
+    names.iter().filter(is_nested).copied().collect()
 }
 
-fn digest(archive: &Archive, held: HeldDirectory, expired: &Expired, damaged: &BTreeSet<SegmentName>) -> Digest {
-    let HeldDirectory { contents, superseded } = held;
+fn add_directory(
+    inventory: &mut Inventory,
+    lineage: &Lineage,
+    contents: &DirectoryContents<Digest>,
+    expired: &Expired,
+) {
     let size = contents.segment_size;
     let mut segments: BTreeMap<SegmentName, HeldSegment> = BTreeMap::new();
-    for (name, bytes) in objects_of(&contents) {
+    for (name, bytes) in objects_of(contents) {
         let Some(number) = name.number(size) else { continue };
         segments.entry(name).or_insert_with(|| HeldSegment::new(number)).add(bytes);
     }
     let mut debris = Vec::new();
     for (name, held) in &mut segments {
         held.is_expired = expired.contains(*name);
-        cover(held, *name, &contents, damaged.contains(name));
-        let is_sealed = contents.sealed(*name).is_some() && !damaged.contains(name);
-        if is_sealed && !held.is_expired {
+        cover(held, *name, contents);
+        if contents.sealed(*name).is_some() && !held.is_expired {
             let tails = contents.tails.get(name).into_iter().flatten();
-            let key = |name: SegmentName, tail: &_| archive.lineage.tail(name, tail);
-            debris.extend(tails.map(|tail| (DebrisKind::Tail, key(*name, &tail.name), tail.stored_bytes)));
+            debris.extend(tails.map(|tail| (DebrisKind::Tail, lineage.tail(*name, &tail.name), tail.stored_bytes)));
             let markers = contents.raw_markers.get(name).into_iter().flatten();
-            debris.extend(markers.map(|crc32| (DebrisKind::RawMarker, archive.lineage.raw_marker(*name, *crc32), 0)));
+            debris.extend(markers.map(|crc32| (DebrisKind::RawMarker, lineage.raw_marker(*name, *crc32), 0)));
         }
     }
-    let (gone, stay): (Vec<_>, Vec<_>) = contents.index_files.iter().partition(|(name, _)| superseded.contains(name));
-    debris.extend(gone.into_iter().map(|(name, bytes)| (DebrisKind::Index, archive.lineage.index(name), bytes)));
-    Digest {
-        segments: segments.into_values().collect(),
-        indexes: stay.into_iter().map(|(name, bytes)| HeldIndex { name, bytes }).collect(),
-        debris: debris.into_iter().map(|(kind, key, bytes)| Debris { kind, key, bytes }).collect(),
+    if !segments.is_empty() {
+        inventory.wal.entry(contents.directory.timeline).or_default().extend(segments.into_values());
     }
+    inventory.indexes.extend(contents.index_files.iter().map(|&(name, bytes)| HeldIndex { name, bytes }));
+    add_debris(inventory, debris);
 }
 
 /// Every object that belongs to a segment's name, with its size.
-fn objects_of(contents: &DirectoryContents) -> impl Iterator<Item = (SegmentName, u64)> {
+fn objects_of(contents: &DirectoryContents<Digest>) -> impl Iterator<Item = (SegmentName, u64)> {
     let segments = contents.segments.iter().flat_map(|(name, all)| all.iter().map(|it| (*name, it.stored_bytes)));
     let tails = contents.tails.iter().flat_map(|(name, all)| all.iter().map(|it| (*name, it.stored_bytes)));
     let others = contents.conflicts.iter().chain(&contents.repairs);
@@ -177,13 +173,11 @@ fn objects_of(contents: &DirectoryContents) -> impl Iterator<Item = (SegmentName
     segments.chain(tails).chain(others).chain(markers)
 }
 
-fn cover(held: &mut HeldSegment, name: SegmentName, contents: &DirectoryContents, is_damaged: bool) {
+fn cover(held: &mut HeldSegment, name: SegmentName, contents: &DirectoryContents<Digest>) {
     let size = contents.segment_size;
-    let repaired = || contents.repairs.contains_key(&name);
-    if let Some(entry) = contents.sealed(name).filter(|_| !is_damaged || repaired()) {
+    if let Some(entry) = contents.sealed(name) {
         held.cover_all(size);
-        let commits = entry.summary.last_commit.map(|commit| commit.time);
-        commits.into_iter().chain(entry.summary.max_commit_time).for_each(|time| held.saw_commit(time));
+        entry.last_commit().into_iter().chain(entry.max_commit_time()).for_each(|time| held.saw_commit(time));
         return;
     }
     if contents.disputed.contains_key(&name) {

@@ -181,7 +181,8 @@ fn an_amount_of_wal_is_counted_on_the_line() {
     let run = |start: u64| Ran { start_lsn: Some(Lsn(start)), ..ran("2026-11-22T00:00:00Z", "2026-11-22T01:00:00Z") };
     let look = |runs: &[Ran], lsn| next(&after, &timing(), runs, &Moment { lsn, ..moment("2026-11-22T02:00:00Z") });
     let runs = [run(5 << 20), run(3 << 20)];
-    assert!(!look(&runs, Some(Lsn((6 << 20) - 1))).is_due);
+    let waiting = look(&runs, Some(Lsn((6 << 20) - 1)));
+    assert_eq!((waiting.is_due, waiting.at_lsn), (false, Some(Lsn(6 << 20))));
     assert!(look(&runs, Some(Lsn(6 << 20))).is_due);
     assert!(!look(&runs, None).is_due);
     // One that began further on than WAL is now began on a line that was left.
@@ -243,7 +244,7 @@ fn jitter_stays_the_same_and_spreads() {
 
 #[test]
 fn what_includes_the_others_goes_first() {
-    let next = |is_due| Next { at: None, is_due, because: String::new() };
+    let next = |is_due| Next { at: None, at_lsn: None, is_due, because: String::new() };
     let lines = [("full", next(false)), ("sample", next(true)), ("quick", next(true))];
     assert_eq!(first_due(&lines).map(|(name, _)| *name), Some("sample"));
     assert_eq!(first_due(&lines[..1]), None);

@@ -63,6 +63,7 @@ pub const BACKUP_LAST: &str = "seawall_last_backup_timestamp_seconds";
 pub const BACKUP_SECONDS: &str = "seawall_last_backup_duration_seconds";
 pub const BACKUP_RAW: &str = "seawall_last_backup_raw_bytes";
 pub const BACKUP_STORED: &str = "seawall_last_backup_stored_bytes";
+pub const BACKUP_NEXT: &str = "seawall_next_backup_timestamp_seconds";
 pub const BACKUP_RUNNING: &str = "seawall_backup_running";
 pub const BACKUP_DONE_BYTES: &str = "seawall_backup_running_raw_bytes";
 pub const BACKUPS_MISSING: &str = "seawall_repositories_without_backup";
@@ -111,6 +112,11 @@ pub const CATALOGUE: &[MetricDoc] = &[
     gauge(BACKUP_SECONDS, CLUSTER, "How long the newest complete base backup took."),
     gauge(BACKUP_RAW, CLUSTER, "What the newest complete base backup holds, uncompressed."),
     gauge(BACKUP_STORED, CLUSTER, "What the newest complete base backup takes in a repository."),
+    gauge(
+        BACKUP_NEXT,
+        CLUSTER,
+        "When the schedule has the next base backup begin, in Unix time; NaN where WAL decides.",
+    ),
     gauge(BACKUP_RUNNING, CLUSTER, "1 while this agent takes a base backup."),
     gauge(BACKUP_DONE_BYTES, CLUSTER, "What the server has sent of the base backup under way; NaN without one."),
     gauge(BACKUPS_MISSING, CLUSTER, "Repositories that take part and hold no complete base backup."),

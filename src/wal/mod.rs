@@ -16,6 +16,7 @@ mod segment;
 mod summary;
 #[cfg(test)]
 mod tests;
+mod text;
 mod timeline;
 
 pub use lsn::{Lsn, ParseLsnError};
@@ -24,4 +25,5 @@ pub use scanner::{Carry, FaultClass, PendingRecord, Proof, ScanError, ScanFault,
 pub use seek::{Found, FoundKind, Sought};
 pub use segment::{InvalidSegmentSize, ParseSegmentNameError, SegmentName, SegmentNumber, SegmentSize};
 pub use summary::{Commit, RelationChange, RestorePoint, SegmentSummary};
+pub use text::from_text;
 pub use timeline::{History, HistoryEntry, HistoryError, SystemId, TimelineId};

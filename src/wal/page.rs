@@ -52,7 +52,7 @@ impl Serialize for PageMagic {
 
 impl<'de> Deserialize<'de> for PageMagic {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<PageMagic, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        super::text::from_text(deserializer, str::parse)
     }
 }
 

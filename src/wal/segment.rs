@@ -148,7 +148,7 @@ impl Serialize for SegmentName {
 
 impl<'de> Deserialize<'de> for SegmentName {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<SegmentName, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        super::text::from_text(deserializer, str::parse)
     }
 }
 

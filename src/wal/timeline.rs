@@ -51,7 +51,7 @@ impl Serialize for SystemId {
 
 impl<'de> Deserialize<'de> for SystemId {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<SystemId, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+        super::text::from_text(deserializer, str::parse)
     }
 }
 

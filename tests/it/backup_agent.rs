@@ -5,6 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::process::Output;
 
+use rustix::process::{Pid, kill_process};
 use seawall::catalog::ledger::FactKind;
 use seawall::wal::Lsn;
 use serde_json::Value;
@@ -16,11 +17,33 @@ use crate::support::process::{self, eventually};
 use crate::support::rig::{NO_BACKUPS, PATIENCE, Rig};
 
 const TAILS: &str = "tail_interval = \"200ms\"\n";
-/// A new cluster is some 20 MiB: this makes its copying last long enough to be seen.
+/// A new cluster is some 20 MiB: this makes its copying last long enough to be seen, and held.
 const SLOWLY: &str = "backup.max_rate = \"2MiB\"\n";
+/// For one that nobody lets come to its end.
+const VERY_SLOWLY: &str = "backup.max_rate = \"64KiB\"\n";
+
+/// The server's process that sends a base backup, stopped until this is dropped: it goes on for as long as a test needs.
+struct Held(Pid);
+
+impl Held {
+    fn now(rig: &Rig) -> Held {
+        const SENDER: &str = "select pid from pg_stat_progress_basebackup where phase = 'streaming database files'";
+        let pid = eventually(PATIENCE, "files are sent", || rig.server.sql(SENDER).pop()?.pop()?.parse().ok());
+        let held = Held(Pid::from_raw(pid).expect("a process id"));
+        kill_process(held.0, Signal::STOP).expect("root may stop it, and so may its user");
+        held
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let _ = kill_process(self.0, Signal::CONT);
+    }
+}
 
 fn rig(settings: &str) -> Option<Rig> {
-    let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).start();
+    let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).setting("wal_sender_timeout", "10min");
+    let server = server.start();
     let mut rig = Rig::new(server);
     rig.settings = format!("{TAILS}{settings}");
     Some(rig)
@@ -71,7 +94,7 @@ fn text(output: &Output) -> String {
 
 #[test]
 fn the_first_one_is_taken_without_being_asked_while_the_stream_goes_on() {
-    let Some(mut rig) = rig("backup.label = \"by itself\"\nbackup.max_rate = \"8MiB\"\n") else { return };
+    let Some(mut rig) = rig(&format!("backup.label = \"by itself\"\n{SLOWLY}")) else { return };
     rig.settings.push_str("[http]\nlisten = \"127.0.0.1:0\"\n");
     rig.server.sql("create table written (n int)");
     let mut agent = rig.start();
@@ -79,6 +102,7 @@ fn the_first_one_is_taken_without_being_asked_while_the_stream_goes_on() {
     let unprotected = wait_protected(address, 503);
     assert!(unprotected.to_string().contains("not streaming") || unprotected.to_string().contains("base backup"));
     // Under way, what is written becomes durable as ever.
+    let held = Held::now(&rig);
     let running = eventually(PATIENCE, "the copying is under way", || {
         let status = status_of(address, "main");
         (status["backup_running"]["phase"] == "copying").then(|| status["backup_running"].clone())
@@ -89,6 +113,7 @@ fn the_first_one_is_taken_without_being_asked_while_the_stream_goes_on() {
     }
     let list = backups(&rig);
     assert_eq!((list.len(), &list[0]["status"], &list[0]["id"]), (1, &"running".into(), &running["id"]));
+    drop(held);
 
     let complete = wait_complete(&rig, 1);
     let backup = &complete[0];
@@ -136,11 +161,13 @@ fn one_at_a_time_by_hand() {
     let config = config.to_str().expect("UTF-8");
     let mut first = Agent::start(["--config", config, "backup", "--label", "first", "--json"]);
     first.wait_for_log("copying", PATIENCE);
+    let held = Held::now(&rig);
     let refused = run(&rig, &["backup"]);
     assert_eq!(refused.status.code(), Some(75), "{refused:?}");
     assert!(text(&refused).contains("`seawall backup`") && text(&refused).contains("--wait"), "{refused:?}");
     let mut second = Agent::start(["--config", config, "backup", "--wait", "--label", "second"]);
     second.wait_for_log("waiting for the lease", PATIENCE);
+    drop(held);
     assert!(first.wait(PATIENCE).success(), "{}", first.stderr());
     let entry: Value = serde_json::from_str(&first.stdout()).expect("JSON");
     assert_eq!((&entry["label"], &entry["status"], &entry["schema"]), (&"first".into(), &"complete".into(), &1.into()));
@@ -199,7 +226,7 @@ fn killed_while_the_server_makes_its_checkpoint() {
 
 #[test]
 fn killed_while_files_are_copied() {
-    killed_in("copying", SLOWLY, |_| {});
+    killed_in("copying", VERY_SLOWLY, |_| {});
 }
 
 /// The one who takes it and the one who streams are two here: the stream stands still, and the backup waits.
@@ -226,7 +253,7 @@ fn killed_while_it_waits_for_wal() {
 /// Asked to stop, it gives the backup up and says so.
 #[test]
 fn stopped_while_files_are_copied() {
-    let Some(rig) = rig(SLOWLY) else { return };
+    let Some(rig) = rig(VERY_SLOWLY) else { return };
     let mut agent = rig.start();
     agent.wait_for_log("copying", PATIENCE);
     assert!(agent.terminate(PATIENCE).success());

@@ -7,7 +7,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -302,7 +301,8 @@ fn pg_verifybackup(major: u32, data: &Path, manifest: &Path) {
 fn make_startable(server: &Server, data: &Path, file: &BackupFile) {
     for entry in fs::read_dir(server.wal_dir()).expect("WAL can be listed") {
         let path = entry.expect("WAL can be listed").path();
-        if path.is_file() {
+        // Not what is about to become a segment.
+        if path.is_file() && path.file_name().is_some_and(|name| name.len() == 24) {
             fs::copy(&path, data.join("pg_wal").join(path.file_name().expect("a file has a name")))
                 .expect("it is copied");
         }
@@ -540,7 +540,7 @@ fn a_source_that_dies_leaves_no_backup(major: u32) {
     let server = Server::builder(major).start();
     server.pgbench_init(3);
     let mut taking = Taking::of(&server);
-    taking.options.max_rate_kib = Some(4096);
+    taking.options.max_rate_kib = Some(256); // it never gets to the end
     // Without its checkpointer a postmaster ends every session, at once.
     let pid = server.value("select pid from pg_stat_activity where backend_type = 'checkpointer'");
     let pid = pid.parse().ok().and_then(Pid::from_raw).expect("a process id");
@@ -586,7 +586,7 @@ fn a_stopped_backup_ends_soon_and_does_not_exist() {
     let server = Server::builder(major).start();
     server.pgbench_init(3);
     let mut taking = Taking::of(&server);
-    taking.options.max_rate_kib = Some(2048);
+    taking.options.max_rate_kib = Some(64); // by itself it would take a quarter of an hour
     let report = run(async {
         let (progress, mut watched) = watch::channel(BackupProgress::default());
         let stop = CancellationToken::new();
@@ -595,7 +595,7 @@ fn a_stopped_backup_ends_soon_and_does_not_exist() {
             until_copying(&mut watched).await;
             stop.cancel();
         };
-        tokio::time::timeout(Duration::from_secs(20), async { tokio::join!(taken, stopping).0 }).await.expect("soon")
+        tokio::time::timeout(PATIENCE, async { tokio::join!(taken, stopping).0 }).await.expect("soon")
     });
     let id = report.id.expect("it had begun");
     taking.assert_not_there(id);
@@ -606,18 +606,19 @@ fn a_stopped_backup_ends_soon_and_does_not_exist() {
 on_every_major!(a_standby_promoted_meanwhile_fails_the_backup);
 fn a_standby_promoted_meanwhile_fails_the_backup(major: u32) {
     let primary = Server::builder(major).start();
-    primary.pgbench_init(3);
     let mut standby = Server::standby_of(&primary).start();
     standby.wait_replayed(primary.flush_lsn());
     let conninfo = standby.conninfo();
     let promote = move || {
         let mut psql = Installation::newest_with("psql").command("psql");
-        psql.args(["-XAtq", "-d", &conninfo, "-c", "select pg_promote(true, 60)"]);
+        psql.args(["-XAtq", "-d", &conninfo, "-c", "select pg_promote(true, 300)"]);
         process::run_ok(&mut psql, PATIENCE);
     };
     let report = {
         let mut taking = Taking::of(&standby);
-        taking.options.max_rate_kib = Some(8192);
+        // A new cluster has some 20 MiB in files of less than one: it takes minutes to send them all, and before each
+        // one the server looks whether it has been promoted.
+        taking.options.max_rate_kib = Some(192);
         run(async {
             let (progress, mut watched) = watch::channel(BackupProgress::default());
             let stop = CancellationToken::new();
@@ -645,17 +646,23 @@ fn a_repository_that_fails_drops_out_and_the_others_go_on() {
     let server = Server::builder(major).start();
     server.pgbench_init(2);
     let mut taking = Taking::of(&server);
-    let full: Arc<dyn Backend> = Arc::new(Full(LocalBackend::open(taking.add_directory("two"))));
-    taking.repositories[1].1 = full;
+    // One that has no room for an object, and one that finds out when it is to give it its name.
+    let roots = ["two", "three"].map(|name| taking.add_directory(name));
+    for (index, room) in [(1, 1 << 20), (2, usize::MAX)] {
+        taking.repositories[index].1 = Arc::new(Full(LocalBackend::open(roots[index - 1].clone()), room));
+    }
     let report = taking.take();
     assert!(report.is_complete_somewhere() && !report.is_complete());
     let file = report.outcomes[0].result.as_ref().expect("the first is whole");
     assert_as_listed(&taking.extract(file), &taking.manifest(file.id));
-    let error = report.outcomes[1].result.as_ref().expect_err("the second is full");
-    assert!(matches!(error, BackupError::Store(error) if error.is(StoreErrorKind::NoSpace)), "{error}");
-    assert_eq!(error.exit_code(), ExitCode::Unavailable);
-    let record = run(taking.archive(1).backup_record(file.id)).expect("it can be read");
-    assert!(record.begin.is_some() && record.backup.is_none());
+    for index in [1, 2] {
+        let error = report.outcomes[index].result.as_ref().expect_err("it is full");
+        assert!(matches!(error, BackupError::Store(error) if error.is(StoreErrorKind::NoSpace)), "{error}");
+        assert_eq!(error.exit_code(), ExitCode::Unavailable);
+        let record = run(taking.archive(index).backup_record(file.id)).expect("it can be read");
+        assert!(record.begin.is_some() && record.backup.is_none());
+        assert_eq!(unfinished(&roots[index - 1]), Vec::<PathBuf>::new());
+    }
 
     // All of them full: there is none, and it ends although the server has more to send.
     taking.repositories.remove(0);
@@ -663,12 +670,16 @@ fn a_repository_that_fails_drops_out_and_the_others_go_on() {
     assert!(matches!(error, BackupError::Store(_)), "{error}");
 }
 
-/// A disk that is full after 1 MiB of an object: real ones are hard to fill in a test.
+/// A disk that is full after so many bytes of an object, or before it has its name: real ones are hard to fill in a test.
 #[derive(Debug)]
-struct Full(LocalBackend);
+struct Full(LocalBackend, usize);
 
 #[derive(Debug)]
 struct FullUpload(Box<dyn Upload>, usize);
+
+fn no_space() -> StoreError {
+    StoreError::new(StoreErrorKind::NoSpace, "store", "a full disk", "no space left on device")
+}
 
 #[async_trait]
 impl Backend for Full {
@@ -681,7 +692,7 @@ impl Backend for Full {
     }
 
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError> {
-        Ok(Box::new(FullUpload(self.0.begin_upload(key).await?, 1 << 20)))
+        Ok(Box::new(FullUpload(self.0.begin_upload(key).await?, self.1)))
     }
 
     async fn stat(&self, key: &Key) -> Result<Option<u64>, StoreError> {
@@ -709,7 +720,7 @@ impl Upload for FullUpload {
                 self.1 = left;
                 self.0.append(part).await
             }
-            None => Err(StoreError::new(StoreErrorKind::NoSpace, "store", "a full disk", "no space left on device")),
+            None => Err(no_space()),
         }
     }
 
@@ -718,7 +729,7 @@ impl Upload for FullUpload {
     }
 
     async fn complete(&mut self) -> Result<(), StoreError> {
-        self.0.complete().await
+        Err(no_space())
     }
 
     async fn abort(self: Box<Self>) -> Result<(), StoreError> {

@@ -13,7 +13,7 @@ use crate::support::agent::{self, Agent, Signal};
 use crate::support::postgres::{self, Server};
 use crate::support::process::{self, Scratch, ServiceUser};
 
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = process::DEADLINE;
 
 /// What a command printed and ended with.
 #[derive(Debug)]
@@ -242,7 +242,8 @@ const HBA: &str = "host replication seawall 127.0.0.1/32 scram-sha-256\n\
 
 impl Place {
     fn new() -> Option<Place> {
-        let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).hba(HBA).start();
+        let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1).setting("wal_keep_size", "64MB");
+        let server = server.hba(HBA).start();
         server.sql("create role seawall login replication password 'right'");
         server.sql("create role plain login");
         Some(Place { server, scratch: Scratch::new() })
@@ -384,7 +385,7 @@ fn run_drains_on_sigterm_and_wal_get_delivers_what_it_archived() {
         (status.code == 0 && durable >= flushed).then_some(cluster)
     });
     let fields = "name system_id timeline state acknowledge server_lsn received_lsn proven_lsn durable_lsn \
-                  acknowledged_lsn rpo_seconds lag_bytes repositories slot last_backup backup_running window gaps health reasons";
+                  acknowledged_lsn rpo_seconds lag_bytes repositories slot last_backup backup_running next_backup window gaps health reasons";
     assert_eq!(keys(&covered), set(fields));
     assert_eq!(keys(&covered["slot"]), set("name wal_status safe_wal_bytes hours_left"));
     assert_eq!(keys(&covered["repositories"][0]), set("name frontier_lsn state"));

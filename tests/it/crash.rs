@@ -9,7 +9,7 @@ use seawall::wal::Lsn;
 
 use crate::support::archived::{Archived, create_journal, note, notes, released_slot};
 use crate::support::postgres::{self, Installation, Server};
-use crate::support::process::Reaped;
+use crate::support::process::{self, Reaped};
 
 #[test]
 fn an_agent_killed_at_any_moment_has_promised_nothing_it_does_not_hold() {
@@ -87,9 +87,9 @@ fn crash_in_a_large_record_is_followed(major: u32) {
         let psql = Reaped(psql.spawn().expect("psql starts"));
         // Until its first segments are out, or it was too fast for us.
         let enough = begun + (2 << 20);
-        while server.flush_lsn() < enough {
-            thread::sleep(Duration::from_millis(1));
-        }
+        process::eventually(process::DEADLINE, "the record's beginning is on disk", || {
+            (server.flush_lsn() >= enough).then_some(())
+        });
         thread::sleep(Duration::from_millis(fastrand::u64(0..30)));
         server.kill9();
         drop(psql);

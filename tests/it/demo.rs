@@ -7,7 +7,7 @@ use crate::support::agent::{self, Agent, Signal};
 use crate::support::process;
 
 /// It takes less than a minute on an idle machine.
-const DEADLINE: Duration = Duration::from_secs(300);
+const DEADLINE: Duration = Duration::from_secs(600);
 
 /// Finds servers where the tests do; says so and gives up where none is complete.
 fn start(arguments: &[&str]) -> Option<Agent> {
@@ -40,6 +40,12 @@ fn processes_in(directory: &Path) -> Vec<String> {
     lines.filter(|line| line.contains(name)).collect()
 }
 
+/// A process that was ended may take a moment to be gone.
+fn wait_no_processes_in(directory: &Path) {
+    let gone = || processes_in(directory).is_empty().then_some(());
+    process::eventually(DEADLINE, "every process has ended", gone);
+}
+
 #[test]
 fn tells_its_story_to_the_last_commit() {
     let Some(mut demo) = start(&[]) else { return };
@@ -59,7 +65,8 @@ fn tells_its_story_to_the_last_commit() {
         assert!(story.contains(words), "no {words:?} in:\n{story}");
     }
     assert!(story.lines().all(|line| line.len() <= 200), "{story}");
-    assert!(!directory.exists() && processes_in(&directory).is_empty());
+    assert!(!directory.exists(), "{} is still there", directory.display());
+    wait_no_processes_in(&directory);
 }
 
 #[test]
@@ -72,8 +79,7 @@ fn puts_everything_away_when_interrupted() {
     assert_eq!(demo.wait(DEADLINE).code(), Some(130));
     assert!(demo.stderr().contains("interrupted: everything is stopped and removed"));
     assert!(!directory.exists(), "{} is still there", directory.display());
-    let gone = || processes_in(&directory).is_empty().then_some(());
-    process::eventually(Duration::from_secs(10), "every process has ended", gone);
+    wait_no_processes_in(&directory);
 }
 
 #[test]

@@ -24,7 +24,7 @@ use crate::support::rig::PATIENCE;
 
 on_every_major!(an_encrypted_archive_holds_the_servers_bytes_and_keys_can_change);
 fn an_encrypted_archive_holds_the_servers_bytes_and_keys_can_change(major: u32) {
-    let server = Server::builder(major).wal_segment_mib(1).start();
+    let server = Server::builder(major).wal_segment_mib(1).setting("wal_keep_size", "256MB").start();
     create_journal(&server);
     let archive = Archived::of(&server);
     let write = |text: &str| {
@@ -192,8 +192,8 @@ impl NextSegment {
     }
 
     async fn entry(&self) -> IndexEntry {
-        let catalog = self.archive.load_catalog().await.expect("the catalog is readable");
-        let directories = &catalog.timelines[&TimelineId(1)];
+        let size = self.archive.lineage_file().await.expect("the lineage is readable").segment_size;
+        let directories = self.archive.timeline(TimelineId(1), size).await.expect("the catalog is readable");
         directories.iter().find_map(|directory| directory.sealed(self.name)).expect("it is indexed").clone()
     }
 

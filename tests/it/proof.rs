@@ -16,7 +16,7 @@ use crate::support::postgres::{self, BackgroundLoad, Installation, Server, Stop}
 use crate::support::process::{self, Scratch};
 use crate::support::s3::{self, S3Server};
 
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = process::DEADLINE;
 
 /// What one version's proof is made with.
 #[derive(Clone, Copy, Debug)]

@@ -15,7 +15,7 @@ use crate::support::archived::{Archived, create_journal, note, notes, zstd_decod
 use crate::support::postgres::{self, Server};
 use crate::support::process::{self, Scratch};
 
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = process::DEADLINE;
 /// A record over several segments of 1 MiB.
 const LARGE_RECORD: &str = "select pg_logical_emit_message(true, 'large', repeat('x', 3000000))";
 const IDENTITY: &str = "AGE-SECRET-KEY-1GFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPYYSJZGFPQ4EGAEX";

@@ -14,7 +14,7 @@ use crate::support::archived::{create_journal, note, notes};
 use crate::support::postgres::{self, Server};
 use crate::support::process::{self, Scratch};
 
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = process::DEADLINE;
 
 fn readme() -> String {
     fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).expect("there is a README")
@@ -171,8 +171,11 @@ fn the_commands_it_shows_do_what_it_says() {
         let listed = process::run(&mut reader.shell("seawall list --json"), DEADLINE);
         String::from_utf8_lossy(&listed.stdout).contains("\"complete\"").then_some(())
     });
-    let shown = reader.run(watch);
-    assert!(shown.contains("main: ok") && shown.contains("no gaps"), "{shown}");
+    process::eventually(DEADLINE, "everything is archived, and all is well", || {
+        let shown = process::run(&mut reader.shell(watch), DEADLINE);
+        let text = String::from_utf8_lossy(&shown.stdout);
+        (shown.status.success() && text.contains("main: ok") && text.contains("no gaps")).then_some(())
+    });
     note(&server, "before the backup from cron");
     reader.run(backup);
     note(&server, "the last one");

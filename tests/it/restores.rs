@@ -16,7 +16,7 @@ use crate::support::process::{self, Scratch};
 use crate::support::s3::S3Server;
 use crate::support::s3_rig::{Reach, S3Rig};
 
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = process::DEADLINE;
 /// Every account's balance, whatever the order.
 const BALANCES: &str = "select count(*), sum(hashtext(aid || ':' || abalance)::bigint) from pgbench_accounts";
 
@@ -280,7 +280,7 @@ fn the_printed_command_starts_it() {
     let path = format!("{}:{}", directory.display(), std::env::var("PATH").unwrap_or_default());
     let mut shell = Command::new("sh");
     let log = scene.target("log");
-    let start = command.replace(" start", &format!(" -w -l {} start", log.display()));
+    let start = command.replace(" start", &format!(" -w -t 300 -l {} start", log.display()));
     shell.arg("-c").arg(&start).env("PATH", &path);
     let stop = format!("{} -m immediate stop", command.trim_end_matches(" start"));
     process::as_service_user(&mut shell);
@@ -363,7 +363,11 @@ fn a_killed_restore_is_never_half_a_server() {
     scene.restore("measured", &[]);
     let whole = started.elapsed();
     let mut killed = 0;
-    for round in 0..8 {
+    // Eight times; more often only where the machine has become so much faster that none was in time.
+    for round in 0..100 {
+        if round >= 8 && killed > 0 {
+            break;
+        }
         let mut restore = Agent::spawn(scene.restore_command("copy", if round == 0 { &[] } else { &["--delta"] }));
         std::thread::sleep(whole.mul_f64(fastrand::f64()));
         restore.kill9();

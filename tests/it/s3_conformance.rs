@@ -13,7 +13,7 @@ use seawall::repository::s3::{Checksum, S3Backend, S3Options, ServerSideEncrypti
 use seawall::repository::{Backend, Facts, Key, StoreError, StoreErrorKind};
 use seawall::testkit::conformance;
 
-use crate::support::rig::wait_for;
+use crate::support::rig::{PATIENCE, wait_for};
 use crate::support::s3::{self, ACCESS_KEY, BUCKET, Fault, Operation, Rule, S3Server, SECRET_KEY, s3_answer};
 
 /// Whether this is the child that does the test; otherwise starts it, with these variables more, and waits.
@@ -474,7 +474,7 @@ fn rotated_credentials_are_found_again() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(60), recovered).await.expect("the new keys are found");
+        tokio::time::timeout(PATIENCE, recovered).await.expect("the new keys are found");
     });
 }
 

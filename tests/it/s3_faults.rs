@@ -20,7 +20,7 @@ fn server(major: u32) -> Builder {
         .setting("max_wal_senders", "60")
         .setting("max_replication_slots", "60")
         .setting("max_connections", "120")
-        .setting("wal_sender_timeout", "5s")
+        .setting("wal_sender_timeout", "30s")
         .setting("wal_keep_size", "1GB")
         .setting("max_wal_size", "1GB")
 }
@@ -428,7 +428,7 @@ fn what_goes_wrong_later_is_outlived() {
     let server = server(major).start();
     server.pgbench_init(1);
     // Light, so that so many agents keep up with it on a small machine.
-    let load = server.pgbench_background_at(40, 600);
+    let load = server.pgbench_background_at(40, 3600);
     std::thread::scope(|scope| {
         let server = &server;
         let outlived = OUTLIVED.iter().map(|case| scope.spawn(move || outlive(server, case)));

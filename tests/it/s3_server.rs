@@ -11,15 +11,16 @@ use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::{ChecksumAlgorithm, CompletedMultipartUpload, CompletedPart, EncodingType};
 use jiff::SignedDuration;
 
-use crate::support::rig::wait_for;
+use crate::support::rig::{PATIENCE, wait_for};
 use crate::support::s3::{self, ACCESS_KEY, BUCKET, Fault, Operation, Rule, S3Server, SECRET_KEY, s3_answer};
 
 fn client(store: &S3Server) -> Client {
     client_with(store, ACCESS_KEY, SECRET_KEY, 1)
 }
 
+/// One that waits as long as a test may.
 fn client_with(store: &S3Server, access: &str, secret: &str, attempts: u32) -> Client {
-    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(Duration::from_secs(4)).build();
+    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(PATIENCE).connect_timeout(PATIENCE).build();
     let config = aws_sdk_s3::Config::builder()
         .behavior_version(BehaviorVersion::latest())
         .region(Region::new(s3::REGION))
@@ -195,7 +196,19 @@ fn every_fault_is_met_and_counted() {
             ("told_wrongly", Fault::EffectThenAnswer(s3_answer(500, "InternalError", "")), true),
         ] {
             let rule = store.fault(only_put(fault.clone()).key(key));
-            let outcome = put(&client, key, &body).await;
+            let before = store.faulted();
+            // Of those that hang nothing more is heard once they were met: whoever waits gives up.
+            let given_up = async {
+                let hangs = matches!(fault, Fault::Hang | Fault::HangAfter | Fault::StallReading { .. });
+                while !hangs || store.faulted() == before {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            };
+            let outcome = tokio::select! {
+                outcome = put(&client, key, &body) => outcome,
+                () = given_up => Err("it hangs".to_owned()),
+            };
             // A page that says 200 is a success to the SDK: whoever uses it has to look closer.
             assert_eq!(outcome.is_err(), key != "html", "{key}: {outcome:?}");
             assert_eq!(store.objects().contains_key(key), is_stored, "{key}");

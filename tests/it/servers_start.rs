@@ -1,7 +1,6 @@
 //! The tests' own ground: every server here starts, crashes, recovers, is copied and promoted as the harness says.
 
 use std::path::Path;
-use std::time::Duration;
 
 use crate::support::on_every_major;
 use crate::support::postgres::{self, Server, Stop};
@@ -68,7 +67,7 @@ fn load_runs_beside_the_test_and_ends() {
     server.create_slot("held");
     server.pgbench_init(1);
     let before = server.flush_lsn();
-    server.pgbench_background(2, 1).wait(Duration::from_secs(60));
+    server.pgbench_background(2, 1).wait(process::DEADLINE);
     server.pgbench_transactions(10);
     assert!(server.flush_lsn() > before);
     drop(server.pgbench_background(1, 600));
@@ -92,12 +91,11 @@ fn rejects_the_role_its_hba_lines_reject() {
     let Some(major) = postgres::newest_major() else { return };
     let mut server = Server::builder(major).hba("host all all 127.0.0.1/32 reject").start();
     let mut psql = postgres::Installation::newest_with("psql").command("psql");
-    let refused =
-        process::run(psql.args(["-X", "-d", &server.tcp_conninfo(), "-c", "select 1"]), Duration::from_secs(30));
+    let refused = process::run(psql.args(["-X", "-d", &server.tcp_conninfo(), "-c", "select 1"]), process::DEADLINE);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("pg_hba.conf rejects"));
     server.set("work_mem", "1MB");
     server.reload();
-    process::eventually(Duration::from_secs(10), "the setting holds", || {
+    process::eventually(process::DEADLINE, "the setting holds", || {
         (server.value("show work_mem") == "1MB").then_some(())
     });
 }

@@ -24,13 +24,13 @@ use crate::support::process::{self, Scratch, eventually};
 use crate::support::rig::{self, wait_for};
 use crate::support::s3::{self, S3Server};
 
-/// For whatever an agent does by itself; far more than it takes on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+/// For whatever an agent does by itself.
+const PATIENCE: Duration = process::DEADLINE;
 /// Small, so that a repository that is away is left behind soon.
 const MEMORY_BYTES: u64 = 8 << 20;
 
 fn server(major: u32) -> Builder {
-    Server::builder(major).wal_segment_mib(1).setting("wal_sender_timeout", "5s")
+    Server::builder(major).wal_segment_mib(1).setting("wal_sender_timeout", "30s")
 }
 
 /// It keeps the WAL that archives are compared with.
@@ -154,7 +154,18 @@ impl Place {
 
     /// Every segment the server still has, asked of these repositories only; how many there are. No gap either.
     fn assert_complete(&self, names: &[&str]) -> usize {
+        self.assert_complete_to(self.acknowledged(), names)
+    }
+
+    /// Of each repository by itself: the same, and as many. An idle server writes now and then, and begins a segment.
+    fn assert_each_complete(&self, names: &[&str]) -> usize {
         let acknowledged = self.acknowledged();
+        let compared: Vec<usize> = names.iter().map(|name| self.assert_complete_to(acknowledged, &[name])).collect();
+        assert!(compared.iter().all(|count| *count == compared[0]), "{names:?}: {compared:?}");
+        compared[0]
+    }
+
+    fn assert_complete_to(&self, acknowledged: Lsn, names: &[&str]) -> usize {
         let gaps = self.run(names, &["gaps"]);
         assert!(gaps.status.success(), "{names:?}: {}", String::from_utf8_lossy(&gaps.stdout));
         let mut files: Vec<String> = fs::read_dir(self.server.wal_dir())
@@ -309,8 +320,8 @@ fn one_that_was_away_under_load_gets_what_it_missed_byte_for_byte() {
     eventually(PATIENCE, "both hold the same segments", || (place.sealed("a") == place.sealed("b")).then_some(()));
     let held = place.sealed("b");
     assert!(missed.iter().all(|name| held.contains_key(name)));
-    let compared = ["a", "b"].map(|name| place.assert_complete(&[name]));
-    assert!(compared[0] >= 16 && compared[0] == compared[1], "{compared:?}");
+    let compared = place.assert_each_complete(&["a", "b"]);
+    assert!(compared >= 16, "{compared}");
 }
 
 #[test]
@@ -320,7 +331,7 @@ fn one_that_is_down_for_long_costs_neither_memory_nor_progress() {
     let store = place.s3.as_ref().expect("it is one of them");
     store.down();
     // Thirty times what memory may hold.
-    for _ in 0..12 {
+    for _ in 0..6 {
         place.write_noise(40);
         place.wait_acknowledged(&mut agent);
     }
@@ -330,7 +341,7 @@ fn one_that_is_down_for_long_costs_neither_memory_nor_progress() {
     assert!(peak < 160 << 20, "{} MiB resident at the peak", peak >> 20);
     assert!(place.durable(&place.root("a")) >= place.acknowledged(), "one of them is enough, and has it");
     let held = place.sealed("s3").len();
-    assert!(place.sealed("a").len() > held + 400);
+    assert!(place.sealed("a").len() > held + 200);
     store.up();
     agent.wait_states(&["ok", "ok"]);
     place.server.switch_wal();
@@ -339,7 +350,7 @@ fn one_that_is_down_for_long_costs_neither_memory_nor_progress() {
     let peak = peak_bytes(agent.agent.pid());
     println!("peak {} MiB once it was repaired", peak >> 20);
     assert!(peak < 160 << 20, "{} MiB resident at the peak", peak >> 20);
-    assert!(place.assert_complete(&["s3"]) > 400);
+    assert!(place.assert_complete(&["s3"]) > 200);
 }
 
 #[test]
@@ -361,8 +372,8 @@ fn one_that_was_lost_and_is_made_anew_gets_everything_again() {
     place.server.switch_wal();
     place.wait_acknowledged(&mut agent);
     eventually(PATIENCE, "both hold the same segments", || (place.sealed("a") == place.sealed("b")).then_some(()));
-    let compared = ["a", "b"].map(|name| place.assert_complete(&[name]));
-    assert!(compared[0] >= 40 && compared[0] == compared[1], "{compared:?}");
+    let compared = place.assert_each_complete(&["a", "b"]);
+    assert!(compared >= 40, "{compared}");
     assert_eq!(place.gaps()["lacks"], serde_json::json!([]));
 }
 

@@ -18,7 +18,6 @@ use seawall::agent::cluster::{ClusterAgent, State, Status};
 use seawall::agent::session::RepositoryState;
 use seawall::agent::world::{ClusterOptions, World};
 use seawall::archiver::Workers;
-use seawall::catalog::DirectoryContents;
 use seawall::catalog::store::{self, Archive};
 use seawall::codec::Form;
 use seawall::codec::decode::ObjectDecoder;
@@ -126,7 +125,7 @@ impl Watchdog {
     fn over(replay: String) -> Watchdog {
         let (done, waiting) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            let limit = Duration::from_secs(120);
+            let limit = Duration::from_secs(900);
             if waiting.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
                 eprintln!("a history stands still; {replay}");
                 std::process::exit(101);
@@ -578,11 +577,8 @@ impl Simulation {
             let pieces = catalog.pieces(timeline).into_iter().map(|piece| (piece.from, piece.to)).collect();
             held.insert(timeline, Held(pieces));
         }
-        let directories = catalog.timelines.values().flatten();
-        let sealed = |dir: &DirectoryContents| {
-            dir.entries.keys().copied().filter(|name| dir.sealed(*name).is_some()).collect::<Vec<_>>()
-        };
-        let sealed = directories.flat_map(sealed).collect();
+        let sealed =
+            catalog.directories().flat_map(|digest| digest.sealed.iter().map(|sealed| sealed.segment)).collect();
         Some(ModelArchive { start: file.start_lsn?, held, sealed })
     }
 

@@ -22,9 +22,7 @@ fn small(major: u32) -> crate::support::postgres::Builder {
 fn stop(rig: &Rig, mut agent: Agent) -> Lsn {
     let status = agent.terminate(PATIENCE);
     assert!(status.success(), "{status}");
-    let durable = rig.durable();
-    assert_eq!(rig.restart_lsn(), durable, "the slot is where the archive is");
-    durable
+    rig.wait_slot_is_where_the_archive_ends()
 }
 
 /// Writes until the server has removed the segment that holds `lsn`.

@@ -96,9 +96,20 @@ impl Scene {
         serde_json::from_str(&text).expect("it is JSON")
     }
 
+    /// The same for what can be planned only while the archive has all there is: a server writes now and then.
+    fn eventual_plan(&self, arguments: &[&str]) -> Value {
+        process::eventually(process::DEADLINE, "the archive has all there is", || {
+            let output = self.seawall(&[&["restore", "--plan", "--json"], arguments].concat());
+            output.status.success().then(|| serde_json::from_slice(&output.stdout).expect("it is JSON"))
+        })
+    }
+
     /// Recovers to a target as its plan says: the notes that are there then.
     fn recovered(&self, arguments: &[&str]) -> Vec<String> {
-        let plan = self.plan(arguments);
+        self.recovered_by(&self.plan(arguments), arguments)
+    }
+
+    fn recovered_by(&self, plan: &Value, arguments: &[&str]) -> Vec<String> {
         let taken = self.taken.iter().find(|taken| plan["backup"]["id"] == taken.id.to_string());
         let taken = taken.unwrap_or_else(|| panic!("an unknown backup: {plan}"));
         let stop = &plan["stop"];
@@ -130,7 +141,8 @@ fn first(count: usize) -> Vec<String> {
 #[test]
 fn every_kind_of_target_is_planned_and_reached() {
     for major in [13, 18].into_iter().filter(|&major| postgres::is_installed(major)) {
-        let server = Server::builder(major).wal_segment_mib(1).setting("track_commit_timestamp", "on").start();
+        let server = Server::builder(major).wal_segment_mib(1).setting("track_commit_timestamp", "on");
+        let server = server.setting("autovacuum", "off").start(); // it commits too
         let archive = Archived::by_conninfo(&server.conninfo());
         let _agent = archive.streaming_agent();
         create_journal(&server);
@@ -195,7 +207,7 @@ fn every_kind_of_target_is_planned_and_reached() {
 #[test]
 fn a_time_at_which_the_server_was_idle_is_the_end_of_the_wal_while_the_server_says_so() {
     for major in [13, 18].into_iter().filter(|&major| postgres::is_installed(major)) {
-        let server = Server::builder(major).wal_segment_mib(1).start();
+        let server = Server::builder(major).wal_segment_mib(1).setting("autovacuum", "off").start();
         let archive = Archived::by_conninfo(&server.conninfo());
         let _agent = archive.streaming_agent();
         create_journal(&server);
@@ -207,13 +219,10 @@ fn a_time_at_which_the_server_was_idle_is_the_end_of_the_wal_while_the_server_sa
         scene.archive.wait_acknowledged(&server);
 
         // The server writes a little now and then: what is not archived yet is not known to be nothing.
-        let plan = process::eventually(std::time::Duration::from_secs(60), "the archive has all there is", || {
-            let output = scene.seawall(&["restore", "--plan", "--json", "--to", &later]);
-            output.status.success().then(|| serde_json::from_slice::<Value>(&output.stdout).unwrap())
-        });
+        let plan = scene.eventual_plan(&["--to", &later]);
         assert_eq!(plan["stop"]["setting"], Value::Null, "{plan}");
         assert!(plan["remarks"][0].as_str().unwrap().contains("the server has written nothing"), "{plan}");
-        assert_eq!(scene.recovered(&["--to", &later]), first(2));
+        assert_eq!(scene.recovered_by(&plan, &["--to", &later]), first(2));
 
         // What PostgreSQL says of that time.
         let alone = scene.taken[0].copy.recover(&scene.archive.restore_command(&[]));
@@ -273,9 +282,9 @@ fn each_line_is_planned_by_itself() {
     primary.switch_wal();
     scene.taken.push(take(&primary, &scene.archive, 2));
     note(&primary, "abandoned too");
-    let abandoned = primary.flush_lsn();
     scene.archive.wait_acknowledged(&primary);
     primary.kill9();
+    let abandoned = scene.archive.durable(1); // whatever the server has written of its own accord since
     note(&standby, "3");
     // Another server, another counter: this transaction may have the number of an abandoned one.
     let xid = standby.value("select max(xmin::text::bigint) from journal");

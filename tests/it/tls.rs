@@ -22,7 +22,7 @@ use crate::support::postgres::{self, Installation, Server};
 use crate::support::process::{self, Scratch};
 use crate::support::rig::wait_for;
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = process::DEADLINE;
 const PASSWORD: &str = "geheim";
 
 // --- Certificates ------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ impl Ground {
         let case = case.replace("ROOT", &format!("sslrootcert={}", self.files.path("root.crt")));
         let case = case.replace("@", &format!("{}/", self.files.scratch.path().display()));
         let password = if case.contains("password=") { "" } else { " password=geheim" };
-        format!("{host}port={} dbname=postgres connect_timeout=20{password} {case}", self.server.port())
+        format!("{host}port={} dbname=postgres connect_timeout=200{password} {case}", self.server.port())
     }
 
     fn home(&self) -> PathBuf {

@@ -2,27 +2,32 @@
 //! a recovery stops rather than end early.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use seawall::continuity::{self, GapState};
 use seawall::wal::Lsn;
 
-use crate::support::archived::{Archived, create_journal, note, notes};
+use crate::support::archived::{Archived, create_journal, note, notes, released_slot};
 use crate::support::postgres::{self, Server, Stop};
 use crate::support::process;
 
-const AGENT_DEADLINE: Duration = Duration::from_secs(60);
+const AGENT_DEADLINE: Duration = process::DEADLINE;
 /// The grace is 3 s here; the promise is that a stop does not hang for ever.
-const STOP_PATIENCE: Duration = Duration::from_secs(30);
+const STOP_PATIENCE: Duration = process::DEADLINE;
 
 /// Closes or opens the repository for the agent: it is the service user, whom a mode binds.
 fn set_mode(archive: &Archived, mode: u32) {
     let wal = archive.path_of(&archive.archive().lineage.wal());
     let mut open = vec![wal];
     while let Some(directory) = open.pop() {
-        fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).expect("a mode can be set");
-        let entries = fs::read_dir(&directory).expect("root may list it").map(|entry| entry.expect("listed").path());
+        match fs::set_permissions(&directory, fs::Permissions::from_mode(mode)) {
+            // A tail's directory goes with its tails.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            set => set.expect("a mode can be set"),
+        }
+        let entries = fs::read_dir(&directory).into_iter().flatten().flatten().map(|entry| entry.path());
         open.extend(entries.filter(|path| path.is_dir()));
     }
 }
@@ -92,6 +97,7 @@ fn a_gap_is_named_and_stops_a_recovery() {
     archive.wait_acknowledged(&server);
     agent.kill9();
     let held = archive.durable(1);
+    released_slot(&server);
     server.sql("select pg_drop_replication_slot('seawall')");
     for _ in 0..8 {
         note(&server, "in the gap");

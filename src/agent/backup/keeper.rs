@@ -1,6 +1,6 @@
-//! Owns: when the agent takes a backup by itself: where a repository has none, and behind a gap; trying again; what
-//! others may know of it.
-//! Does not own: taking one (`mod.rs`), schedules.
+//! Owns: when the agent takes a backup by itself: where a repository has none, behind a gap, and when its time has come;
+//! trying again; what others may know of it.
+//! Does not own: taking one (`mod.rs`), when its time comes (`planned.rs`).
 //!
 //! It runs beside the stream and looks at what that publishes; the stream knows nothing of it.
 
@@ -8,16 +8,20 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use jiff::Timestamp;
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::lease::{Lease, Patience, Tenant};
-use super::{BackupSettings, Job, Place, open_gaps, running, settle};
+use super::planned::Planned;
+use super::{BackupSettings, Job, Place, guard, open_gaps, planned, running, settle};
 use crate::agent::cluster::{State, Status};
+use crate::agent::mend::MendFacts;
 use crate::agent::session::{RepositoryState, Watched};
 use crate::agent::world::{ClusterOptions, World};
 use crate::backup::{BackupError, BackupPhase, BackupProgress};
+use crate::catalog::Damages;
 use crate::catalog::backup::BackupFile;
 use crate::catalog::ledger::LedgerFact;
 use crate::catalog::shelf::{self, Outcome, Shelf};
@@ -26,7 +30,9 @@ use crate::monitor::backup::BackupEntry;
 use crate::monitor::health::BackupFacts;
 use crate::postgres::Purpose;
 use crate::repository::layout::BackupId;
+use crate::schedule::Next;
 use crate::telemetry::meters;
+use crate::wal::Lsn;
 
 /// Between two looks at which backups there are: one request each, where nothing has changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
@@ -38,6 +44,8 @@ const RETRY_MIN: Duration = Duration::from_secs(15);
 const RETRY_MAX: Duration = Duration::from_secs(3600);
 /// While somebody else takes one.
 const BUSY_INTERVAL: Duration = Duration::from_secs(30);
+/// Between two looks at the clock, which may jump.
+const TICK: Duration = Duration::from_secs(1);
 /// Between two lines about a backup under way.
 const SAY_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -52,17 +60,22 @@ pub struct Keeper {
     turns: Arc<Semaphore>,
     stop: CancellationToken,
     facts: Arc<watch::Sender<BackupFacts>>,
+    planned: Planned,
     /// What was read last.
     known: Option<Known>,
     /// Consecutive failures.
     failures: u32,
     /// That the server's configuration cannot be read is said once.
     said_config: Option<String>,
+    /// Who makes damaged backups whole, and what it says when it cannot.
+    mended: Option<watch::Receiver<MendFacts>>,
+    lost: Arc<Notify>,
 }
 
 #[derive(Debug)]
 struct Known {
     shelves: Vec<(Place, Shelf)>,
+    damages: Vec<Damages>,
     ids: Vec<BTreeSet<BackupId>>,
     read: Instant,
 }
@@ -70,9 +83,26 @@ struct Known {
 /// Why a backup is to be taken, and where it goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Need {
-    why: &'static str,
+    why: String,
     /// Names of repositories; what has a good one is not given another.
     lacking: Vec<String>,
+}
+
+/// What is waited for before the next look.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Pause {
+    at_most: Duration,
+    /// The next run by the clock; `None`: it is not waited for.
+    at: Option<Timestamp>,
+    /// The next run by WAL.
+    at_lsn: Option<Lsn>,
+}
+
+impl Pause {
+    /// For nothing but time.
+    fn of(at_most: Duration) -> Pause {
+        Pause { at_most, at: None, at_lsn: None }
+    }
 }
 
 impl Keeper {
@@ -86,7 +116,9 @@ impl Keeper {
     ) -> (Keeper, watch::Receiver<BackupFacts>) {
         let (facts, watching) = watch::channel(BackupFacts::default());
         let facts = Arc::new(facts);
+        let planned = Planned::new(settings.schedule.clone(), &options.name, world.clock.now());
         let keeper = Keeper {
+            planned,
             world,
             options,
             settings,
@@ -97,13 +129,20 @@ impl Keeper {
             known: None,
             failures: 0,
             said_config: None,
+            mended: None,
+            lost: Arc::default(),
         };
         (keeper, watching)
     }
 
+    /// What another repository has is copied from there, not taken anew; `lost` is notified when there may be need.
+    pub fn beside(self, mended: watch::Receiver<MendFacts>, lost: Arc<Notify>) -> Keeper {
+        Keeper { mended: Some(mended), lost, ..self }
+    }
+
     /// Until told to stop. A backup under way is given up then.
     pub async fn run(mut self) {
-        let stop = self.stop.clone();
+        let (stop, lost) = (self.stop.clone(), self.lost.clone());
         loop {
             let watched = tokio::select! {
                 biased;
@@ -117,7 +156,10 @@ impl Keeper {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(pause.at_most) => {}
+                () = self.clock_reaches(pause.at) => {}
+                () = wal_reaches(&watched, pause.at_lsn) => {}
+                () = lost.notified() => {}
                 // A new stream may begin behind a gap.
                 () = self.another_stream(&watched) => {}
             }
@@ -153,42 +195,75 @@ impl Keeper {
         }
     }
 
-    /// One look, and what follows from it; how long to wait before the next.
-    async fn round(&mut self, watched: &Watched) -> Duration {
+    /// Until the clock shows that time, or jumps back.
+    async fn clock_reaches(&self, at: Option<Timestamp>) {
+        let Some(at) = at else { return std::future::pending().await };
+        let mut before = self.world.clock.now();
+        loop {
+            tokio::time::sleep(TICK).await;
+            let now = self.world.clock.now();
+            if now >= at || now < before {
+                return;
+            }
+            before = now;
+        }
+    }
+
+    /// One look, and what follows from it; what to wait for before the next.
+    async fn round(&mut self, watched: &Watched) -> Pause {
         // One that is out gets its own when it is back: a new stream begins then.
         let is_there = |place: &Place| {
             let repository = watched.repositories.get(place.index);
             repository.is_some_and(|repository| !matches!(repository.state(), RepositoryState::Absent(_)))
         };
         let mut places: Vec<Place> = watched.opened.iter().map(Place::from).filter(is_there).collect();
-        let ledgers = match self.look(&places).await {
+        let looking = guard::within(self.settings.hung_after, "before it began", self.look(&places));
+        let ledgers = match looking.await {
             Ok(ledgers) => ledgers,
             Err(failure) => {
                 tracing::debug!(cluster = self.options.name, %failure, "cannot look for backups");
-                return BUSY_INTERVAL;
+                return Pause::of(BUSY_INTERVAL);
             }
         };
-        let need = self.judge(&ledgers).filter(|_| self.settings.automatic);
-        let Some(need) = need else {
+        let nexts = self.plan(watched);
+        let Some(need) = self.judge(&ledgers, &nexts).filter(|_| self.settings.automatic) else {
             self.settle(&places).await;
-            return LOOK_INTERVAL;
+            return Pause {
+                at_most: LOOK_INTERVAL,
+                at: nexts.iter().filter_map(|(_, next)| next.at).min(),
+                at_lsn: nexts.iter().filter_map(|(_, next)| next.at_lsn).min(),
+            };
         };
         places.retain(|place| need.lacking.contains(&place.name));
-        match self.attempt(watched, places, need.why).await {
+        match self.attempt(watched, places, &need.why).await {
             Ok(()) => {
                 self.failures = 0;
                 self.facts.send_modify(|facts| facts.failure = None);
                 // What it has changed is looked at, at once.
                 self.known = None;
-                Duration::ZERO
+                Pause::of(Duration::ZERO)
             }
-            Err(_) if self.stop.is_cancelled() => Duration::ZERO,
+            Err(_) if self.stop.is_cancelled() => Pause::of(Duration::ZERO),
             Err(failure) if failure.exit_code == ExitCode::TryAgain => {
                 tracing::info!(cluster = self.options.name, "no backup now: {failure}");
-                BUSY_INTERVAL
+                Pause::of(BUSY_INTERVAL)
             }
-            Err(failure) => self.handle_failure(&failure),
+            Err(failure) => Pause::of(self.handle_failure(&failure)),
         }
+    }
+
+    /// When the schedule has the next one taken, in each repository that has one to go on from.
+    fn plan(&mut self, watched: &Watched) -> Vec<(String, Next)> {
+        let Some(known) = self.known.as_ref().filter(|_| self.settings.automatic) else { return Vec::new() };
+        let complete = known.shelves.iter().flat_map(|(_, shelf)| shelf.complete().map(|file| file.id));
+        self.planned.note(complete);
+        let (now, lsn) = (self.world.clock.now(), watched.progress.borrow().durable());
+        let next = |(place, shelf): &(Place, Shelf)| {
+            shelf.complete().next()?;
+            let lineage = place.archive.lineage.directory_name();
+            Some((place.name.clone(), self.planned.next(&lineage, shelf, now, Some(lsn))?))
+        };
+        known.shelves.iter().filter_map(next).collect()
     }
 
     fn handle_failure(&mut self, failure: &Failure) -> Duration {
@@ -212,9 +287,10 @@ impl Keeper {
             ids.push(place.archive.backup_ids().await?.into_iter().collect::<BTreeSet<BackupId>>());
             ledgers.push(place.archive.ledger().await?);
         }
+        let damages: Vec<Damages> = ledgers.iter().map(|ledger| Damages::of(ledger)).collect();
         let is_known = |known: &Known| {
             let names = |(place, _): &(Place, Shelf)| place.name.clone();
-            known.ids == ids
+            (&known.ids, &known.damages) == (&ids, &damages)
                 && known.shelves.iter().map(names).eq(places.iter().map(|place| place.name.clone()))
                 && known.shelves.iter().all(|(_, shelf)| shelf.unfinished().next().is_none())
                 && known.read.elapsed() < READ_INTERVAL
@@ -224,13 +300,13 @@ impl Keeper {
             for place in places {
                 shelves.push((place.clone(), place.archive.shelf().await?));
             }
-            self.known = Some(Known { shelves, ids, read: Instant::now() });
+            self.known = Some(Known { shelves, damages, ids, read: Instant::now() });
         }
         Ok(ledgers)
     }
 
     /// What is missing, published too.
-    fn judge(&self, ledgers: &[Vec<LedgerFact>]) -> Option<Need> {
+    fn judge(&self, ledgers: &[Vec<LedgerFact>], nexts: &[(String, Next)]) -> Option<Need> {
         let shelves = self.known.as_ref().map_or(&[][..], |known| &known.shelves[..]);
         let named: Vec<(&str, &Shelf)> = shelves.iter().map(|(place, shelf)| (place.name.as_str(), shelf)).collect();
         let all = shelf::union(&named, self.world.clock.now());
@@ -239,6 +315,7 @@ impl Keeper {
         let (mut missing, mut behind) = (Vec::new(), Vec::new());
         for ((place, shelf), ledger) in shelves.iter().zip(ledgers) {
             match shelf.complete().last() {
+                None if self.is_being_mended(place, shelves) => {}
                 None => missing.push(place.name.clone()),
                 Some(file) if follows_gap(file, ledger) => behind.push(place.name.clone()),
                 Some(_) => {}
@@ -249,14 +326,32 @@ impl Keeper {
         self.facts.send_modify(|facts| {
             (facts.is_known, facts.last, facts.is_behind_gap) = (true, last, is_behind_gap);
             facts.missing.clone_from(&missing);
+            facts.next = planned::earliest(nexts.iter().map(|(_, next)| next));
         });
-        let why = match (missing.is_empty(), is_behind_gap) {
-            (true, true) => "a gap follows the newest one",
-            (false, _) => "a repository has none",
-            (true, false) => return None,
+        let due: Vec<&(String, Next)> = nexts.iter().filter(|(_, next)| next.is_due).collect();
+        let why = match (missing.is_empty(), is_behind_gap, due.first()) {
+            (false, _, _) => "a repository has none".to_string(),
+            (true, true, _) => "a gap follows the newest one".to_string(),
+            (true, false, Some((_, next))) => format!("schedule: {}", next.because),
+            (true, false, None) => return None,
         };
         missing.extend(behind);
+        // Whose time has come too gets the same one.
+        missing.extend(due.into_iter().map(|(name, _)| name.clone()));
         Some(Need { why, lacking: missing })
+    }
+
+    /// Whether a damaged backup of this repository may still be copied from another one.
+    fn is_being_mended(&self, place: &Place, shelves: &[(Place, Shelf)]) -> bool {
+        let Some(mended) = &self.mended else { return false };
+        let lost = &mended.borrow().lost;
+        let is_elsewhere = |id: BackupId| {
+            let others = shelves.iter().filter(|(other, _)| other.index != place.index);
+            others.flat_map(|(_, shelf)| shelf.complete()).any(|file| file.id == id)
+        };
+        let own = shelves.iter().filter(|(own, _)| own.index == place.index).flat_map(|(_, shelf)| &shelf.records);
+        let mut damaged = own.filter(|record| record.damaged.is_some() && !record.is_dead);
+        damaged.any(|record| !lost.contains(&(place.index, record.id)) && is_elsewhere(record.id))
     }
 
     /// Takes note of what somebody left unfinished, where no backup follows that would.
@@ -295,7 +390,7 @@ impl Keeper {
         }
     }
 
-    async fn attempt(&mut self, watched: &Watched, places: Vec<Place>, why: &'static str) -> Result<(), Failure> {
+    async fn attempt(&mut self, watched: &Watched, places: Vec<Place>, why: &str) -> Result<(), Failure> {
         let cluster = &self.options.name;
         let _turn = tokio::select! {
             biased;
@@ -303,6 +398,11 @@ impl Keeper {
             turn = self.turns.acquire() => turn.expect("the semaphore is never closed"),
         };
         tracing::info!(cluster, why, "taking a base backup");
+        let known = self.known.as_ref();
+        let decided_by = known.map(|known| {
+            let names = known.shelves.iter().map(|(place, _)| place.name.clone());
+            names.zip(known.ids.iter().cloned()).collect()
+        });
         let logins = self.world.logins.logins(Purpose::Physical)?;
         let primary = logins.into_iter().find(|login| login.address == watched.address);
         let primary = primary.ok_or_else(|| Failure::new(ExitCode::Internal, "no login for this host"))?;
@@ -321,6 +421,7 @@ impl Keeper {
             purpose: "a backup by the agent".to_string(),
             patience: Patience::None,
             status: Some(self.status.clone()),
+            decided_by,
         };
         let (progress, watching) = watch::channel(BackupProgress::default());
         let showing = show(cluster.clone(), self.facts.clone(), watching);
@@ -359,6 +460,15 @@ impl Keeper {
     }
 }
 
+/// Until the archive has come so far, or the stream ends.
+async fn wal_reaches(watched: &Watched, at: Option<Lsn>) {
+    let Some(at) = at else { return std::future::pending().await };
+    let mut progress = watched.progress.subscribe();
+    if progress.wait_for(|progress| progress.durable() >= at).await.is_err() {
+        std::future::pending().await
+    }
+}
+
 /// Whether something is missing between a backup and what the archive holds after it.
 fn follows_gap(file: &BackupFile, ledger: &[LedgerFact]) -> bool {
     let is_behind = |fact: &&LedgerFact| {
@@ -391,7 +501,7 @@ mod tests {
     use crate::catalog::backup::ManifestEntry;
     use crate::catalog::ledger::FactKind;
     use crate::repository::layout::BackupType;
-    use crate::wal::{Lsn, SegmentSize, SystemId, TimelineId};
+    use crate::wal::{SegmentSize, SystemId, TimelineId};
 
     fn backup(timeline: u32, start: u64) -> BackupFile {
         let started = jiff::Timestamp::UNIX_EPOCH;

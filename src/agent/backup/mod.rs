@@ -1,19 +1,22 @@
 //! Base backups around the stream: the lease, what a backup needs of the archive, what is recorded of one that failed.
 //!
 //! Owns: one backup from the lease to the ledger ([`Job`]), for the agent and for `seawall backup`; when the agent takes
-//! one by itself (`keeper.rs`).
+//! one by itself (`keeper.rs`, `planned.rs`), and when one is given up (`guard.rs`).
 //! Does not own: taking it (`backup`), streaming (`session.rs`): a backup has a connection and a memory of its own, and
 //! the stream never waits for it.
 
 pub mod files;
+mod guard;
 pub mod keeper;
 pub mod lease;
+pub mod planned;
 mod standby;
 pub mod wal;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -32,12 +35,14 @@ use crate::catalog::backup::BackupFile;
 use crate::catalog::ledger::{BACKUP_ID, BACKUP_PHASE, FactKind, LedgerFact};
 use crate::catalog::shelf::Shelf;
 use crate::catalog::store::Archive;
+use crate::config::ScheduleConfig;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::monitor::backup::BackupRunning;
 use crate::postgres::{Purpose, TargetSessionAttrs, connect, sql};
 use crate::replication::{Connection, Login, SlotReading};
 use crate::repository::layout::BackupId;
 use crate::wal::{Lsn, SegmentSize, TimelineId};
+use guard::Guard;
 use lease::{Lease, Patience, Tenant};
 
 /// How a cluster's backups are taken.
@@ -48,7 +53,16 @@ pub struct BackupSettings {
     pub options: BackupOptions,
     /// Whose files are copied; `None`: those of the server WAL is streamed from.
     pub from: Option<Arc<dyn LoginSource>>,
+    /// When it takes them, besides the first one and one behind a gap.
+    pub schedule: ScheduleConfig,
+    /// One that does not get on for so long is given up.
+    pub hung_after: Duration,
 }
+
+/// Far beyond what single calls may take, all their attempts together.
+pub const HUNG_AFTER: Duration = Duration::from_secs(1800);
+/// A standby may have to wait for a checkpoint of its primary, and to replay it.
+const PREPARING_MAX: Duration = Duration::from_secs(2 * 3600);
 
 /// A lineage in one repository.
 #[derive(Clone, Debug)]
@@ -90,6 +104,9 @@ pub struct Job<'a> {
     pub patience: Patience,
     /// Of the agent in this process; `None`: another one streams.
     pub status: Option<watch::Receiver<Status>>,
+    /// The backups there were when it was decided, by repository: once the lease is ours there must be no others, or it
+    /// is to be decided again. `None`: it is taken in any case.
+    pub decided_by: Option<BTreeMap<String, BTreeSet<BackupId>>>,
 }
 
 /// A backup that exists.
@@ -115,7 +132,7 @@ impl Job<'_> {
         let (lease, absent) = tokio::select! {
             biased;
             () = stop.cancelled() => return Err(BackupError::Stopped.into()),
-            acquired = Lease::acquire(&self.places, &tenant, self.patience) => acquired?,
+            acquired = self.acquire(&tenant) => acquired?,
         };
         for (place, why) in &absent {
             tracing::warn!(
@@ -126,7 +143,8 @@ impl Job<'_> {
             );
         }
         let done = self.take_under(&lease, progress, stop).await;
-        lease.release().await;
+        // It lapses where it cannot be given back.
+        let _ = tokio::time::timeout(guard::FAREWELL, lease.release()).await;
         let mut done = done?;
         done.failed.extend(absent.into_iter().map(|(place, why)| (place.name, why)));
         Ok(done)
@@ -142,13 +160,76 @@ impl Job<'_> {
         }
     }
 
+    async fn acquire(&self, tenant: &Tenant) -> Result<(Lease, Vec<(Place, Failure)>), Failure> {
+        let acquiring = Lease::acquire(&self.places, tenant, self.patience);
+        match self.patience {
+            Patience::None => guard::within(self.settings.hung_after, "before it took the lease", acquiring).await,
+            // Whoever waits for it says for how long.
+            _ => acquiring.await,
+        }
+    }
+
     async fn take_under(
         &self,
         lease: &Lease,
         progress: &watch::Sender<BackupProgress>,
         stop: &CancellationToken,
     ) -> Result<Done, Failure> {
+        let preparing_max = match self.settings.from {
+            Some(_) => self.settings.hung_after.max(PREPARING_MAX),
+            None => self.settings.hung_after,
+        };
+        let prepared = guard::within(preparing_max, "before it began", self.prepare(lease)).await;
+        let (connection, request, missing_config) = prepared?;
+        let id_of = || progress.borrow().id;
+        let around = Around {
+            parts: lease.parts(),
+            clock: &self.world.clock,
+            segment_size: self.segment_size,
+            status: self.status.clone(),
+        };
+        // Ours to cancel, and cancelled with `stop`.
+        let ended = stop.child_token();
+        let lost = lease.lost();
+        let mut watching = progress.subscribe();
+        let mut phase = BackupPhase::default();
+        let mut guard = Guard::new(self.settings.hung_after);
+        let mut given_up = None;
+        let taking = backup::take(connection, request, &around, progress, &ended);
+        tokio::pin!(taking);
+        let report = loop {
+            tokio::select! {
+                report = &mut taking => break report,
+                () = lost.cancelled(), if !ended.is_cancelled() => ended.cancel(),
+                () = guard.expired(), if given_up.is_none() && !ended.is_cancelled() => {
+                    given_up = Some((guard.failure(), tokio::time::Instant::now() + guard::FAREWELL));
+                    ended.cancel();
+                }
+                () = until(given_up.as_ref().map(|(_, at)| *at)) => break Report::stopped(id_of(), &lease_names(lease)),
+                _ = watching.changed() => {
+                    let now = watching.borrow_and_update();
+                    guard.note(&now);
+                    if now.phase != BackupPhase::Ended {
+                        phase = now.phase;
+                    }
+                }
+            }
+        };
+        let given_up = given_up.map(|(why, _)| why);
+        let concluding = self.conclude(lease, report, phase, given_up, missing_config);
+        guard::within(self.settings.hung_after, "when it had ended", concluding).await
+    }
+
+    /// Everything before the server is asked for a backup.
+    async fn prepare(&self, lease: &Lease) -> Result<(Connection, Request, Option<String>), Failure> {
         for part in lease.parts() {
+            if let Some(known) = self.decided_by.as_ref().and_then(|decided| decided.get(&part.place.name)) {
+                let found: BTreeSet<BackupId> = part.place.archive.backup_ids().await?.into_iter().collect();
+                if found != *known {
+                    let message = format!("{} has got another backup meanwhile", part.place);
+                    return Err(Failure::new(ExitCode::TryAgain, message));
+                }
+            }
             if let Err(failure) = settle(self.world, &part.place).await {
                 tracing::info!(repository = part.place.name, %failure, "cannot look for what earlier backups left unfinished");
             }
@@ -169,32 +250,7 @@ impl Job<'_> {
             config: config.map(|file| ConfigFile { name: file.name, path: file.path, bytes: file.content }).collect(),
             host: self.cluster.host.clone(),
         };
-        let around = Around {
-            parts: lease.parts(),
-            clock: &self.world.clock,
-            segment_size: self.segment_size,
-            status: self.status.clone(),
-        };
-        // Ours to cancel, and cancelled with `stop`.
-        let ended = stop.child_token();
-        let lost = lease.lost();
-        let mut watching = progress.subscribe();
-        let mut phase = BackupPhase::default();
-        let taking = backup::take(connection, request, &around, progress, &ended);
-        tokio::pin!(taking);
-        let report = loop {
-            tokio::select! {
-                report = &mut taking => break report,
-                () = lost.cancelled(), if !ended.is_cancelled() => ended.cancel(),
-                _ = watching.changed() => {
-                    let now = watching.borrow_and_update().phase;
-                    if now != BackupPhase::Ended {
-                        phase = now;
-                    }
-                }
-            }
-        };
-        self.conclude(lease, report, phase, captured.missing).await
+        Ok((connection, request, captured.missing))
     }
 
     /// Records what failed, and what a complete one heals.
@@ -203,6 +259,7 @@ impl Job<'_> {
         lease: &Lease,
         report: Report,
         phase: BackupPhase,
+        given_up: Option<Failure>,
         missing_config: Option<String>,
     ) -> Result<Done, Failure> {
         let (mut files, mut failed) = (Vec::new(), Vec::new());
@@ -216,10 +273,14 @@ impl Job<'_> {
                     files.push((outcome.repository, file));
                 }
                 Err(error) => {
+                    let why = match &given_up {
+                        Some(why) if matches!(error, BackupError::Stopped) => why.clone(),
+                        _ => Failure::from(error),
+                    };
                     if let (Some(part), Some(id)) = (part, report.id) {
-                        record_failure(self.world, &part.place, id, phase, error.to_string()).await;
+                        record_failure(self.world, &part.place, id, phase, why.to_string()).await;
                     }
-                    failed.push((outcome.repository, Failure::from(error)));
+                    failed.push((outcome.repository, why));
                 }
             }
         }
@@ -329,6 +390,17 @@ impl Job<'_> {
 
 fn destination(part: &lease::Part) -> Destination {
     Destination { name: part.place.name.clone(), archive: part.place.archive.clone(), lease: part.number() }
+}
+
+fn lease_names(lease: &Lease) -> Vec<String> {
+    lease.parts().iter().map(|part| part.place.name.clone()).collect()
+}
+
+async fn until(at: Option<tokio::time::Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// What was begun there and never ended is taken note of: the lease says that nobody is at it any more.

@@ -10,13 +10,13 @@ use tokio::time::Instant;
 
 use super::Place;
 use crate::agent::cluster::Status;
-use crate::catalog::{CatalogError, Expired, Piece};
+use crate::catalog::{CatalogError, Damages, Expired, Piece};
 use crate::continuity;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::wal::{Lsn, SegmentSize, TimelineId};
 
 /// Between two looks, at first and later: the end of a backup ends a segment, which the agent stores at once.
-const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(100);
+const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(25);
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(2);
 /// An archive whose end has not moved for this long, although the server has written more, does not move.
 const STALL: Duration = Duration::from_secs(300);
@@ -51,7 +51,9 @@ pub async fn wait(
     let mut reached = (Lsn::ZERO, Instant::now());
     let (mut is_first, mut is_interrupted, mut pause) = (true, false, LOOK_INTERVAL_MIN);
     loop {
-        match held(place, needed).await {
+        // A look that hangs is one at which nothing was there.
+        let looked = tokio::time::timeout(STALL, held(place, needed)).await;
+        match looked.unwrap_or(Ok(Held::UpTo(reached.0))) {
             Ok(Held::All(last_commit)) => return Ok(last_commit),
             // A repository that was away for a while has one until it is repaired.
             Ok(held @ (Held::Hole(end) | Held::UpTo(end))) => {
@@ -122,7 +124,7 @@ async fn told(status: &mut watch::Receiver<Status>, repository: usize, stop: Lsn
 async fn held(place: &Place, needed: Needed) -> Result<Held, CatalogError> {
     let (archive, size) = (&place.archive, needed.segment_size);
     let facts = archive.ledger().await?;
-    let expired = Expired::of(&facts);
+    let (expired, damages) = (Expired::of(&facts), Damages::of(&facts));
     let (_, directories) = archive.wal_listing().await?;
     let high = |lsn: Lsn| u32::try_from(lsn.0 >> 32).unwrap_or(u32::MAX);
     let range = high(needed.start)..=high(needed.stop);
@@ -131,6 +133,7 @@ async fn held(place: &Place, needed: Needed) -> Result<Held, CatalogError> {
         if directory.timeline == needed.timeline && range.contains(&directory.high) {
             let mut contents = archive.directory(directory, size).await?;
             contents.subtract(&expired);
+            contents.mark(&damages);
             pieces.extend(contents.pieces());
         }
     }

@@ -8,28 +8,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
-use super::{
-    Archive, CatalogError, FETCHES, LISTINGS_MAX, add_object, fetch_sized, objects, parse_json, place, tails_of,
-};
-use crate::catalog::contents::{DirectoryContents, TailObject};
+use super::{Archive, CatalogError, FETCHES, LISTINGS_MAX, fetch_sized, objects, parse_json, place};
+use crate::catalog::contents::DirectoryContents;
 use crate::catalog::index::IndexEntry;
 use crate::catalog::ledger::LedgerFact;
 use crate::repository::layout::{
     self, BackupId, IndexName, LeaseNumber, PinName, WalDirectory, WalObject, parse_tar_stream, parse_volume,
 };
 use crate::repository::{Entry, Key, StoreErrorKind};
-use crate::wal::{SegmentName, SegmentSize};
+use crate::wal::SegmentSize;
 
 /// How deep directories below a backup's `config/` may lie.
 const CONFIG_DEPTH_MAX: usize = 8;
-
-/// One WAL directory as it is.
-#[derive(Debug)]
-pub struct HeldDirectory {
-    pub contents: DirectoryContents,
-    /// Index objects all of whose entries another one has too, in order of their names.
-    pub superseded: BTreeSet<IndexName>,
-}
 
 /// An object below a lineage, by its size.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,63 +29,32 @@ pub struct HeldObject {
 }
 
 impl Archive {
-    /// Everything in one directory, expired or not, and which of its index objects are superfluous.
-    pub async fn held_directory(
-        &self,
-        directory: WalDirectory,
-        size: SegmentSize,
-    ) -> Result<HeldDirectory, CatalogError> {
-        for _ in 0..LISTINGS_MAX {
-            match self.held_directory_once(directory, size).await {
-                // Merged, or sealed, since the listing.
-                Err(CatalogError::Store(error)) if error.is(StoreErrorKind::NotFound) => {}
-                held => return held,
-            }
-        }
-        let directory = place(self.backend(), &self.lineage.wal_directory(directory));
-        Err(CatalogError::Unsteady { directory, attempts: LISTINGS_MAX })
-    }
-
-    async fn held_directory_once(
-        &self,
-        directory: WalDirectory,
-        size: SegmentSize,
-    ) -> Result<HeldDirectory, CatalogError> {
-        let mut contents = self.listed_directory(directory, size).await?;
-        let read = stream::iter(contents.index_files.clone()).map(|(name, bytes)| async move {
-            Ok::<_, CatalogError>((name, self.index_file(name, bytes, directory, size).await?.entries))
-        });
-        let files: Vec<(IndexName, Vec<IndexEntry>)> = read.buffered(FETCHES).try_collect().await?;
-        let superseded = superseded(&files);
-        for entry in files.into_iter().flat_map(|(_, entries)| entries) {
-            contents.add_entry(entry);
-        }
-        Ok(HeldDirectory { contents, superseded })
-    }
-
-    /// Its names and tails, without a look into any object.
+    /// What one directory holds by its names alone, expired or not; no index object is read.
     pub async fn listed_directory(
         &self,
         directory: WalDirectory,
         size: SegmentSize,
     ) -> Result<DirectoryContents, CatalogError> {
-        let listed = self.backend.list(Some(&self.lineage.wal_directory(directory))).await?;
-        let mut contents = DirectoryContents::new(directory, size);
-        let mut open: Vec<SegmentName> = Vec::new();
-        for entry in &listed {
-            match entry {
-                Entry::Object { name, bytes } => add_object(&mut contents, name, *bytes),
-                Entry::Directory(name) => open.extend(tails_of(&contents, name).filter_map(|object| match object {
-                    WalObject::Tails(name) => Some(name),
-                    _ => None,
-                })),
+        self.directory_part(directory, size, |object| !matches!(object, WalObject::Index(_))).await
+    }
+
+    /// Which of these index objects of one directory hold nothing that another of them does not.
+    pub async fn superseded_indexes(
+        &self,
+        names: &[IndexName],
+        size: SegmentSize,
+    ) -> Result<BTreeSet<IndexName>, CatalogError> {
+        let mut files: Vec<(IndexName, Vec<IndexEntry>)> = Vec::new();
+        for &name in names {
+            match self.read_index(name, size).await {
+                Ok(file) => files.push((name, file.entries)),
+                // Merged since.
+                Err(CatalogError::Missing { .. }) => {}
+                Err(CatalogError::Store(error)) if error.is(StoreErrorKind::NotFound) => {}
+                Err(error) => return Err(error),
             }
         }
-        let read =
-            stream::iter(open).map(|name| async move { Ok::<_, CatalogError>((name, self.tails(name, size).await?)) });
-        let tails: Vec<(SegmentName, Vec<TailObject>)> = read.buffered(FETCHES).try_collect().await?;
-        contents.tails.extend(tails.into_iter().filter(|(_, tails)| !tails.is_empty()));
-        Ok(contents)
+        Ok(superseded(&files))
     }
 
     /// The objects of a backup in the order they are deleted in. `begin.json` goes first, since a backup without it counts

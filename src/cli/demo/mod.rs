@@ -26,7 +26,7 @@ const LOAD_SECONDS: u64 = 8;
 const KILLED_AFTER: Duration = Duration::from_secs(3);
 const AWAY_FOR: Duration = Duration::from_secs(3);
 /// For what takes a second or two on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 /// What a shell says of a process that Ctrl-C has ended.
 const INTERRUPTED: i32 = 130;
 

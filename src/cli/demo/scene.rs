@@ -23,8 +23,8 @@ use crate::error::{ExitCode, Failure};
 /// Between two looks at something that is awaited.
 const LOOK_INTERVAL: Duration = Duration::from_millis(30);
 /// For one tool on a busy machine.
-const TOOL_DEADLINE: Duration = Duration::from_secs(60);
-const STOP_DEADLINE: Duration = Duration::from_secs(10);
+const TOOL_DEADLINE: Duration = Duration::from_secs(300);
+const STOP_DEADLINE: Duration = Duration::from_secs(60);
 /// A socket's name holds 107 bytes.
 const BASE_BYTES_MAX: usize = 60;
 
@@ -250,7 +250,7 @@ impl Scene {
 
     pub fn start_server(&mut self, server: &Server) -> Result<(), Failure> {
         let mut start = self.tool("pg_ctl");
-        start.args(["start", "-w", "-s", "-t", "60", "-l"]).arg(&server.log).arg("-D").arg(&server.data);
+        start.args(["start", "-w", "-s", "-t", "300", "-l"]).arg(&server.log).arg("-D").arg(&server.data);
         self.running.push(server.clone());
         let started = self.run("pg_ctl start", start);
         started.map(drop).map_err(|failure| failure.context(last_words(&server.log)))

@@ -1,25 +1,22 @@
 //! Owns: handing a plan to `restore/execute` as it was typed, how far it is, and what it ends with in words and JSON.
 //! Does not own: what is done (`restore/execute`), the plan (`restore.rs`).
 
-use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::cli::args::{Global, RestoreArgs};
+use crate::cli::progress::{Shown, Step};
 use crate::cli::{output, setup};
 use crate::error::{ExitCode, Failure};
-use crate::restore::execute::{self, ExecuteOptions, Mapping, Phase, RestoreError, RestoreProgress, Restored};
+use crate::restore::execute::{self, ExecuteOptions, Mapping, RestoreError, RestoreProgress, Restored};
 use crate::restore::plan::RestorePlan;
 use crate::restore::wal_get::Holder;
 use crate::secret::Secret;
 
-/// Between two lines, where there is no terminal.
-const SAY_INTERVAL: Duration = Duration::from_secs(10);
 /// Settings may come by the environment of whoever restores; the server's has none of them.
 const VARIABLES: &str = "SEAWALL__";
 
@@ -44,9 +41,9 @@ pub async fn carry_out(
     let started = Instant::now();
     let restored = tokio::select! {
         restored = execute::execute(plan, holders, &options, progress) => restored,
-        () = shown.follow(watching) => unreachable!("it follows for as long as it is asked to"),
+        () = shown.follow(watching, step, line) => unreachable!("it follows for as long as it is asked to"),
     };
-    shown.finish();
+    drop(shown);
     let mut restored = match restored {
         Err(error @ RestoreError::Overtaken { .. }) => return Ok(Carried::Overtaken(error.into())),
         restored => restored?,
@@ -183,62 +180,8 @@ fn in_words(plan: &RestorePlan, restored: &Restored, elapsed: Duration) -> Strin
     text
 }
 
-/// How far it is: a bar on a terminal, else a line now and then.
-struct Shown {
-    bar: Option<ProgressBar>,
-    is_silent: bool,
-}
-
-impl Shown {
-    fn new(global: &Global) -> Shown {
-        let is_silent = global.quiet > 0;
-        let bar = (std::io::stderr().is_terminal() && !is_silent).then(|| {
-            let bar = ProgressBar::new(0);
-            let template = "{msg:<10} [{wide_bar}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-            let style = ProgressStyle::with_template(template).expect("the template is one");
-            bar.set_style(style.progress_chars("=> "));
-            bar
-        });
-        Shown { bar, is_silent }
-    }
-
-    /// Never ends.
-    async fn follow(&self, mut progress: watch::Receiver<RestoreProgress>) {
-        let mut said = (Phase::default(), Instant::now());
-        let mut began = Instant::now();
-        loop {
-            let now = *progress.borrow_and_update();
-            let is_new = said.0 != now.phase;
-            if is_new {
-                began = Instant::now();
-            }
-            match &self.bar {
-                Some(bar) => {
-                    if is_new {
-                        said = (now.phase, Instant::now());
-                        bar.reset();
-                    }
-                    bar.set_message(now.phase.word());
-                    bar.set_length(now.bytes_total);
-                    bar.set_position(now.bytes_done);
-                }
-                None if !self.is_silent && (is_new || said.1.elapsed() >= SAY_INTERVAL) => {
-                    said = (now.phase, Instant::now());
-                    output::note(line(&now, began.elapsed()));
-                }
-                None => {}
-            }
-            if progress.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
+fn step(now: &RestoreProgress) -> Step {
+    Step { phase: now.phase.word(), done: now.bytes_done, total: now.bytes_total }
 }
 
 fn line(now: &RestoreProgress, elapsed: Duration) -> String {

@@ -442,7 +442,7 @@ async fn a_killed_writer_leaves_only_whole_objects() {
         let before = files(directory.path()).len();
         let writer = Killed(child("child_that_puts_until_killed", directory.path()).spawn().unwrap());
         // However busy the machine is: it dies while it is writing, not while it starts.
-        for _ in 0..1000 {
+        for _ in 0..30_000 {
             tokio::time::sleep(Duration::from_millis(10 + round)).await;
             if files(directory.path()).len() > before + 3 {
                 break;

@@ -110,6 +110,20 @@ impl Backend for S3Backend {
         entries.map_err(|refused| self.shared.error(Action::List, directory, refused))
     }
 
+    fn lists_deep(&self) -> bool {
+        true
+    }
+
+    async fn list_deep(
+        &self,
+        directory: &Key,
+        first: &str,
+        last: &str,
+    ) -> Result<Option<Vec<(String, u64)>>, StoreError> {
+        let names = self.shared.list_deep(directory, first, last).await;
+        names.map_err(|refused| self.shared.error(Action::List, Some(directory), refused))
+    }
+
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let deleted = self.shared.delete_object(key).await;
         deleted.map_err(|refused| self.shared.error(Action::Delete, Some(key), refused))

@@ -153,21 +153,59 @@ impl Shared {
             };
             let page = self.send(Action::List, list).await?;
             entries.extend(entries_of(&page, &prefix)?);
-            token = match (page.is_truncated().unwrap_or(false), page.next_continuation_token) {
-                (false, _) => {
-                    // Pages may overlap when names appear between them.
-                    entries.sort();
-                    entries.dedup();
-                    return Ok(entries);
-                }
-                (true, Some(next)) if token.as_ref() != Some(&next) => Some(next),
-                (true, _) => {
-                    return Err(Refusal::new(
-                        StoreErrorKind::Unavailable,
-                        "the listing is cut off, and cannot be continued",
-                    ));
-                }
+            token = next_page(&page, token)?;
+            if token.is_none() {
+                // Pages may overlap when names appear between them.
+                entries.sort();
+                entries.dedup();
+                return Ok(entries);
+            }
+        }
+        Err(Refusal::new(StoreErrorKind::Unavailable, format!("more than {LIST_PAGES_MAX} pages of names")))
+    }
+
+    /// Objects at any depth below the names `first` to `last` of `directory`, a thousand in a page. `None` where the
+    /// store does not list in the order of the names (as "directory buckets" do not).
+    pub(super) async fn list_deep(
+        &self,
+        directory: &Key,
+        first: &str,
+        last: &str,
+    ) -> Result<Option<Vec<(String, u64)>>, Refusal> {
+        let root = format!("{}/", self.name(directory));
+        // As much as all of them have in common: one directory is listed by its own prefix.
+        let prefix = match first == last {
+            true => format!("{root}{first}/"),
+            false => format!("{root}{}", common(first, last)),
+        };
+        let after = (first != last).then(|| format!("{root}{first}"));
+        let is_inside = |path: &str| {
+            let name = path.split('/').next().unwrap_or(path);
+            first <= name && name <= last
+        };
+        let mut names: Vec<(String, u64)> = Vec::new();
+        let mut token: Option<String> = None;
+        let mut reached: Option<String> = None;
+        for _ in 0..LIST_PAGES_MAX {
+            let list = |client: Client| {
+                let list = client.list_objects_v2().bucket(&self.options.bucket).prefix(&prefix);
+                let list = list.set_start_after(after.clone().filter(|_| token.is_none()));
+                list.encoding_type(EncodingType::Url).set_continuation_token(token.clone()).send()
             };
+            let page = self.send(Action::List, list).await?;
+            let found = objects_of(&page, &root)?;
+            let is_sorted = found.is_sorted_by(|one, other| one.0 < other.0);
+            if !is_sorted || found.first().is_some_and(|(path, _)| reached.as_ref().is_some_and(|last| path <= last)) {
+                return Ok(None);
+            }
+            reached = found.last().map(|(path, _)| path.clone()).or(reached);
+            token = next_page(&page, token)?;
+            // In their order, slashes count too: `<last>-x/` would come before `<last>/`, and is no name of ours.
+            let is_past = reached.as_deref().is_some_and(|path| path.split('/').next().is_some_and(|name| name > last));
+            names.extend(found.into_iter().filter(|(path, _)| is_inside(path)));
+            if token.is_none() || is_past {
+                return Ok(Some(names));
+            }
         }
         Err(Refusal::new(StoreErrorKind::Unavailable, format!("more than {LIST_PAGES_MAX} pages of names")))
     }
@@ -230,6 +268,34 @@ async fn collect(mut body: aws_sdk_s3::primitives::ByteStream, wanted: u64) -> R
         bytes if bytes == wanted => Ok(content.freeze()),
         bytes => Err(format!("the answer ended after {bytes} of {wanted} bytes")),
     }
+}
+
+/// How the page after this one is asked for; `None` after the last.
+fn next_page(page: &ListObjectsV2Output, token: Option<String>) -> Result<Option<String>, Refusal> {
+    match (page.is_truncated().unwrap_or(false), page.next_continuation_token()) {
+        (false, _) => Ok(None),
+        (true, Some(next)) if token.as_deref() != Some(next) => Ok(Some(next.to_string())),
+        (true, _) => Err(Refusal::new(StoreErrorKind::Unavailable, "the listing is cut off, and cannot be continued")),
+    }
+}
+
+/// What two names begin with.
+fn common<'a>(one: &'a str, other: &str) -> &'a str {
+    let differ = one.char_indices().zip(other.chars()).find(|((_, one), other)| one != other);
+    differ.map_or(&one[..one.len().min(other.len())], |((at, _), _)| &one[..at])
+}
+
+/// Objects of a page at any depth below `root`.
+fn objects_of(page: &ListObjectsV2Output, root: &str) -> Result<Vec<(String, u64)>, Refusal> {
+    if page.name().is_none() {
+        return Err(not_s3());
+    }
+    let encoded = page.encoding_type() == Some(&EncodingType::Url);
+    let objects = page.contents().iter().filter_map(|object| {
+        let name = if encoded { decode(object.key()?) } else { object.key()?.to_string() };
+        Some((name.strip_prefix(root)?.to_string(), u64::try_from(object.size()?).ok()?))
+    });
+    Ok(objects.collect())
 }
 
 fn entries_of(page: &ListObjectsV2Output, prefix: &str) -> Result<Vec<Entry>, Refusal> {

@@ -7,6 +7,7 @@ use std::ops::Range;
 use async_trait::async_trait;
 
 use super::*;
+use crate::catalog::union::Part;
 use crate::catalog::{BackupFile, BackupRecord, Holdings, Piece, Source};
 use crate::repository::layout::{Epoch, TailName};
 use crate::restore::reach::{known_backups, tests::backup_file};
@@ -27,7 +28,7 @@ fn at(second: i64) -> Timestamp {
 #[derive(Debug, Default)]
 struct Archived {
     records: Vec<(u32, Found)>,
-    pieces: BTreeMap<TimelineId, Vec<Piece>>,
+    parts: BTreeMap<TimelineId, Vec<Part>>,
     histories: Vec<History>,
     backups: Vec<BackupFile>,
 }
@@ -49,7 +50,7 @@ impl Archived {
         let tail = TailName { epoch, from: lsn(from), to: lsn(to), raw_crc32, last_commit, form };
         let piece =
             Piece { from: lsn(from), to: lsn(to), proof: Proof::Proven, last_commit, source: Source::Tail(tail) };
-        self.pieces.entry(TimelineId(timeline)).or_default().push(piece);
+        self.parts.entry(TimelineId(timeline)).or_default().push(Part::Tail(piece));
         self
     }
 
@@ -74,7 +75,7 @@ impl Archived {
             start_timeline: TimelineId(1),
             start_lsn: None,
             histories: self.histories.iter().map(|history| (history.timeline, history.clone())).collect(),
-            pieces: self.pieces.clone(),
+            parts: self.parts.clone(),
             ledger: Vec::new(),
             expired: BTreeMap::new(),
             disputed: BTreeSet::new(),
@@ -89,7 +90,7 @@ impl Archived {
         let held = self.holdings();
         let record = |file: &BackupFile| BackupRecord::of(file.clone());
         let backups = known_backups(&[("a", &self.backups.iter().map(record).collect::<Vec<_>>())]).unwrap();
-        let reach = Reach::new(&held, Vec::new(), &backups);
+        let reach = Reach::new(&held, &backups);
         let circumstances = with(Circumstances { now: at(1_000_000), backup: None, server: None });
         futures_util::FutureExt::now_or_never(choose(&reach, self, &wish, circumstances)).expect("it never waits")
     }

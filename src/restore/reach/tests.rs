@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::catalog::backup::ManifestEntry;
-use crate::catalog::{Crc32, Piece};
+use crate::catalog::{Crc32, Piece, Source};
 use crate::repository::layout::{BackupType, Epoch, TailName};
 use crate::wal::{SegmentNumber, SystemId};
 
@@ -32,13 +32,13 @@ fn history(timeline: u32, forks: &[(u32, u64)]) -> History {
 }
 
 fn holdings(pieces: &[(u32, &[(u64, u64)])], histories: Vec<History>) -> Holdings {
-    let of = |raw: &[(u64, u64)]| raw.iter().map(|(from, to)| piece(*from, *to)).collect();
+    let of = |raw: &[(u64, u64)]| raw.iter().map(|(from, to)| Part::Tail(piece(*from, *to))).collect();
     Holdings {
         segment_size: size(),
         start_timeline: ONE,
         start_lsn: None,
         histories: histories.into_iter().map(|history| (history.timeline, history)).collect(),
-        pieces: pieces.iter().map(|(timeline, raw)| (TimelineId(*timeline), of(raw))).collect(),
+        parts: pieces.iter().map(|(timeline, raw)| (TimelineId(*timeline), of(raw))).collect(),
         ledger: Vec::new(),
         expired: BTreeMap::new(),
         disputed: BTreeSet::new(),
@@ -93,7 +93,7 @@ fn window(held: &Holdings, backups: &[KnownBackup]) -> Vec<(u32, u64, u64, usize
         let Interval { timeline, from, to, backups, ends, .. } = interval;
         (timeline.0, from.lsn.0 / MIB, to.lsn.0 / MIB, backups.len(), ends)
     };
-    Reach::new(held, Vec::new(), backups).window().into_iter().map(shown).collect()
+    Reach::new(held, backups).window().into_iter().map(shown).collect()
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn a_line_reaches_from_the_first_consistency_to_the_end_of_the_archive() {
     let held = holdings(&[(1, &[(0, 100)])], vec![]);
     let all = backups(&[(1, 9, 12), (1, 40, 41)]);
     assert_eq!(window(&held, &all), [(1, 12, 100, 2, Ends::Archive)]);
-    let reach = Reach::new(&held, Vec::new(), &all);
+    let reach = Reach::new(&held, &all);
     assert_eq!(reach.window()[0].to.time, Some(Timestamp::from_second(100).unwrap()));
     assert_eq!(window(&held, &[]), []);
 }
@@ -201,7 +201,7 @@ proptest! {
         let held = holdings(&[(1, &one), (2, &two), (3, &three)], histories);
         let taken: Vec<(u32, u64, u64)> = taken.iter().map(|(tl, start, length)| (*tl, *start, start + length)).collect();
         let all = backups(&taken);
-        let reach = Reach::new(&held, Vec::new(), &all);
+        let reach = Reach::new(&held, &all);
         let window = reach.window();
         for line in [1u32, 2, 3] {
             let path = reach.line(TimelineId(line)).unwrap().path;

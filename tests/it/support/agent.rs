@@ -11,8 +11,8 @@ pub use rustix::process::Signal;
 
 use super::process::{self, Reaped, Scratch};
 
-/// For a command that should answer at once; a machine with other work on it may be slow.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+/// For a command that should answer at once.
+const ANSWER_DEADLINE: Duration = process::DEADLINE;
 
 /// The binary under test.
 pub fn binary() -> &'static Path {

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::future::Future;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -24,9 +24,11 @@ use super::postgres::Server;
 use super::process::{self, Scratch};
 
 const SLOT: &str = "seawall";
+/// Whoever stops an agent in good order expects it to finish, however long that takes.
+const GRACE: &str = "shutdown_grace = \"5min\"\n";
 /// For the archive to catch up with a server that is no longer written to.
-const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
-const DECODE_DEADLINE: Duration = Duration::from_secs(30);
+const SETTLE_DEADLINE: Duration = process::DEADLINE;
+const DECODE_DEADLINE: Duration = process::DEADLINE;
 
 /// A repository in a directory of its own, and a configuration that names it.
 #[derive(Debug)]
@@ -50,7 +52,7 @@ impl Archived {
     pub fn point_at(&self, conninfo: &str) {
         let text = format!(
             "[clusters.main]\npostgres = \"{conninfo}\"\nslot = \"{SLOT}\"\nrepositories = [\"local\"]\n\
-             backup.automatic = false\ntail_interval = \"200ms\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
+             backup.automatic = false\n{GRACE}tail_interval = \"200ms\"\n\n[repositories.local]\nurl = \"file://{}\"\n",
             self.repository().display()
         );
         fs::write(self.config(), text).expect("a configuration can be written");
@@ -59,6 +61,7 @@ impl Archived {
     /// Adds lines to the cluster's table.
     pub fn configure(&self, lines: &str) {
         let text = fs::read_to_string(self.config()).expect("the configuration can be read");
+        let text = if lines.contains("shutdown_grace") { text.replace(GRACE, "") } else { text };
         let text = text.replace("tail_interval", &format!("{lines}tail_interval"));
         fs::write(self.config(), text).expect("a configuration can be written");
     }
@@ -140,6 +143,11 @@ impl Archived {
     /// Compares everything that counts with the server's own files, as far as it still has them: the number of
     /// sealed segments and of tail bytes that are equal. A difference fails.
     pub fn compare_with_wal_of(&self, server: &Server) -> Compared {
+        // An agent at work replaces tails: what was listed may have gone, and what counts now is listed then.
+        process::eventually(SETTLE_DEADLINE, "everything that is listed is there", || self.compare_once(server))
+    }
+
+    fn compare_once(&self, server: &Server) -> Option<Compared> {
         let catalog = self.catalog();
         let size = catalog.segment_size();
         let lineage = &catalog.lineage;
@@ -149,7 +157,7 @@ impl Archived {
                 Source::Sealed(name) => {
                     let form = [Form::Plain, Form::Encrypted].into_iter();
                     let mut keys = form.map(|form| lineage.segment(name, form));
-                    (name, keys.find(|key| self.path_of(key).exists()).expect("a piece has its object"))
+                    (name, keys.find(|key| self.path_of(key).exists()).expect("a sealed segment has its object"))
                 }
                 Source::Tail(tail) => {
                     let timeline = catalog.timelines.values().flatten();
@@ -160,7 +168,16 @@ impl Archived {
                 }
             };
             let Ok(theirs) = fs::read(server.wal_dir().join(name.to_string())) else { continue };
-            let ours = self.decode(&self.path_of(&key));
+            let is_tail = matches!(piece.source, Source::Tail(_));
+            // Another name for the same content, which nobody takes away while it is read.
+            let held =
+                self.scratch.join("compared").with_extension(self.path_of(&key).extension().expect("it has one"));
+            let _ = fs::remove_file(&held);
+            match fs::hard_link(self.path_of(&key), &held) {
+                Err(error) if is_tail && error.kind() == ErrorKind::NotFound => return None,
+                linked => linked.expect("an object can be linked"),
+            }
+            let ours = self.decode(&held);
             compared.encrypted += usize::from(key.as_str().ends_with(".age"));
             match piece.source {
                 Source::Sealed(_) => {
@@ -174,7 +191,7 @@ impl Archived {
                 }
             }
         }
-        compared
+        Some(compared)
     }
 
     /// A new key, whose identity the tests read with from now on; its recipient.

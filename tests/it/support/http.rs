@@ -3,7 +3,6 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
 
 use serde_json::Value;
 
@@ -61,7 +60,7 @@ pub fn get(address: SocketAddr, path: &str) -> Answer {
 
 /// Waits until `/protected` answers with this code.
 pub fn wait_protected(address: SocketAddr, code: u16) -> Value {
-    eventually(Duration::from_secs(120), &format!("/protected answers {code}"), || {
+    eventually(PATIENCE, &format!("/protected answers {code}"), || {
         let answer = get(address, "/protected");
         (answer.code == code).then(|| answer.json())
     })

@@ -22,15 +22,12 @@ use seawall::wal::Lsn;
 
 use super::process::{self, Reaped, Scratch};
 
-/// For one statement of a test, one tool; far more than they take on a busy machine.
-const STATEMENT_DEADLINE: Duration = Duration::from_secs(120);
-const START_DEADLINE: Duration = Duration::from_secs(60);
-const STOP_DEADLINE: Duration = Duration::from_secs(60);
+/// For one statement of a test, one tool.
+const STATEMENT_DEADLINE: Duration = process::DEADLINE;
+const START_DEADLINE: Duration = process::DEADLINE;
+const STOP_DEADLINE: Duration = process::DEADLINE;
 /// A recovery fetches every segment by a command of its own.
-const RECOVERY_DEADLINE: Duration = Duration::from_secs(180);
-
-/// Below the range the system takes for outgoing connections, so that none of those gets a server's port in between.
-const PORTS: std::ops::Range<u16> = 15_000..32_000;
+const RECOVERY_DEADLINE: Duration = process::DEADLINE;
 
 const FIELD_SEPARATOR: &str = "\x1f";
 const RECORD_SEPARATOR: &str = "\x1e";
@@ -250,8 +247,7 @@ impl Builder {
 }
 
 pub fn free_port() -> u16 {
-    let is_free = |port: &u16| TcpListener::bind(("127.0.0.1", *port)).is_ok();
-    std::iter::repeat_with(|| fastrand::u16(PORTS)).take(1000).find(is_free).expect("one of a thousand ports is free")
+    process::claim_port(|port| TcpListener::bind(("127.0.0.1", port)).is_ok())
 }
 
 // --- A server --------------------------------------------------------------------------------------------------
@@ -562,7 +558,7 @@ impl Server {
 
     /// Ends a standby's recovery and waits until it takes writes, on a new timeline.
     pub fn promote(&mut self) {
-        self.sql("select pg_promote(true, 60)");
+        self.sql("select pg_promote(true, 300)");
         self.wait_recovered().unwrap_or_else(|log| panic!("it ended instead:\n{log}"));
     }
 

@@ -1,13 +1,14 @@
 //! Owns: child processes with deadlines, the user servers run as, scratch directories that user can enter.
 //! Does not own: what the processes are (`postgres.rs`, `agent.rs`).
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::{PermissionsExt, chown, lchown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,10 @@ use rustix::process::{Pid, Signal};
 
 /// Between two looks at a condition: far below anything a test waits for, far above the cost of looking.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// For whatever is awaited: it ends a test that would wait for ever, and is never part of what a test expects. A correct
+/// run comes nowhere near it, however slow the machine is and whatever else it does.
+pub const DEADLINE: Duration = Duration::from_secs(300);
 
 /// Asks until there is an answer; panics with `what` after `deadline`.
 pub fn eventually<T>(deadline: Duration, what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
@@ -76,6 +81,22 @@ impl Drop for Reaped {
     }
 }
 
+/// Below the range the system takes for outgoing connections, so that none of those gets a server's port in between.
+const PORTS: std::ops::Range<u16> = 15_000..32_000;
+
+/// A port that `is_free` and that nobody here was given before: a server that is down for a while, or has yet to be
+/// started, finds its own as it left it.
+pub fn claim_port(is_free: impl Fn(u16) -> bool) -> u16 {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+    let candidates = std::iter::repeat_with(|| fastrand::u16(PORTS)).take(10_000);
+    let mut given = GIVEN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut candidates = candidates.filter(|&port| !given.contains(&port) && is_free(port));
+    let port = candidates.next().expect("one of ten thousand ports is free");
+    drop(candidates);
+    given.insert(port);
+    port
+}
+
 /// The living children of a process.
 pub fn children_of(parent: u32) -> Vec<Pid> {
     let processes = fs::read_dir("/proc").expect("/proc can be listed");
@@ -132,11 +153,15 @@ pub fn as_service_user(command: &mut Command) -> &mut Command {
 pub fn give_to_service_user(path: &Path) {
     let ServiceUser::Other { uid, gid } = service_user() else { return };
     if path.is_dir() && !path.is_symlink() {
-        for entry in fs::read_dir(path).expect("a directory of ours can be listed") {
-            give_to_service_user(&entry.expect("a directory of ours can be listed").path());
+        for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+            give_to_service_user(&entry.path());
         }
     }
-    lchown(path, Some(uid), Some(gid)).expect("root may give files away");
+    match lchown(path, Some(uid), Some(gid)) {
+        // An agent at work has replaced it.
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        given => given.expect("root may give files away"),
+    }
 }
 
 /// A directory of one test's own that the service user can enter and write; removed at the end.

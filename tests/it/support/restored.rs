@@ -16,7 +16,7 @@ use super::process::{self, Scratch};
 
 pub const ID: RestoreId = RestoreId(0x00C0_FFEE);
 pub const OTHER_ID: RestoreId = RestoreId(0xDECAF);
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = process::DEADLINE;
 
 /// The marker a restore of everything would leave.
 pub fn marker(lineage: &Lineage, size: SegmentSize, path: &History, start: Lsn, end: Option<Lsn>) -> RestoreMarker {
@@ -132,6 +132,12 @@ pub fn helpers(pgdata: &Path) -> Vec<Pid> {
 /// The one helper, once it is there.
 pub fn helper(pgdata: &Path) -> Pid {
     process::eventually(DEADLINE, "a helper is at work", || helpers(pgdata).first().copied())
+}
+
+/// The same once it holds something ready: it knows its server and its marker by then.
+pub fn helper_at_work(pgdata: &Path) -> Pid {
+    process::eventually(DEADLINE, "a helper holds segments ready", || (!ready(pgdata).is_empty()).then_some(()));
+    helper(pgdata)
 }
 
 pub fn kill(pid: Pid) {

@@ -20,8 +20,8 @@ use super::agent::Agent;
 use super::postgres::Server;
 use super::process::{self, Scratch};
 
-/// For whatever an agent does by itself; far more than it takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+/// For whatever an agent does by itself.
+pub const PATIENCE: Duration = process::DEADLINE;
 
 /// For tests that are about WAL alone: the first base backup would be one more thing that happens.
 pub const NO_BACKUPS: &str = "backup.automatic = false\n";
@@ -54,8 +54,10 @@ impl Rig {
 
     pub fn config(&self, slot: &str) -> PathBuf {
         let path = self.scratch.join(&format!("{slot}.toml"));
+        // Whoever stops an agent in good order expects it to finish, however long that takes.
+        let grace = if self.settings.contains("shutdown_grace") { "" } else { "shutdown_grace = \"5min\"\n" };
         let text = format!(
-            "[clusters.main]\npostgres = \"{}\"\nslot = \"{slot}\"\nrepositories = [\"local\"]\n{}\n\
+            "[clusters.main]\npostgres = \"{}\"\nslot = \"{slot}\"\nrepositories = [\"local\"]\n{grace}{}\n\
              [repositories.local]\nurl = \"file://{}\"\n",
             self.server.conninfo(),
             self.settings,
@@ -90,8 +92,22 @@ impl Rig {
         self.slot().and_then(|slot| slot.restart_lsn).expect("a slot that holds WAL")
     }
 
+    /// An agent that has ended may be missed by its walsender a moment later only.
     pub fn drop_slot(&self) {
+        const IDLE: &str = "select not active from pg_replication_slots where slot_name = 'seawall'";
+        let is_idle = || self.server.value(IDLE) == "t";
+        process::eventually(PATIENCE, "the slot is released", || is_idle().then_some(()));
         self.server.sql("select pg_drop_replication_slot('seawall')");
+    }
+
+    /// Waits until the server has read the last words of an agent that has ended in good order: the slot is exactly
+    /// where the archive ends.
+    pub fn wait_slot_is_where_the_archive_ends(&self) -> Lsn {
+        process::eventually(PATIENCE, "the slot is where the archive is", || {
+            let (restart, durable) = (self.restart_lsn(), self.durable());
+            assert!(restart <= durable, "{restart} is acknowledged, {durable} durable");
+            (restart == durable).then_some(durable)
+        })
     }
 
     /// Waits until everything written so far is acknowledged.

@@ -32,6 +32,7 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio_util::sync::CancellationToken;
 
+use super::process;
 pub use super::s3_http::Answer;
 use super::s3_http::{Head, Wire};
 use super::s3_memory::Memory;
@@ -172,8 +173,7 @@ impl S3Server {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("a runtime can be made");
         // Below the ports of outgoing connections, so that none of them has it when the server comes back.
-        let socket = std::iter::repeat_with(|| bound(fastrand::u16(15_000..32_000))).take(1000).flatten().next();
-        let socket = socket.expect("one of a thousand ports is free");
+        let socket = bound(process::claim_port(|port| bound(port).is_some())).expect("our port is free");
         let address = socket.local_addr().ok().and_then(|address| address.as_socket()).expect("it is bound");
         let listening = Mutex::new(Listening::Down(socket));
         let server = S3Server { port: address.port(), ca_pem, memory, shared, runtime: Some(runtime), listening };
@@ -228,7 +228,7 @@ impl S3Server {
             std::thread::sleep(Duration::from_millis(1));
             bound(self.port)
         });
-        let placeholder = placeholder.take(10_000).flatten().next().expect("our port becomes free");
+        let placeholder = placeholder.take(100_000).flatten().next().expect("our port becomes free");
         *listening = Listening::Down(placeholder);
     }
 

@@ -2,6 +2,7 @@
 //! program: what is acknowledged is looked for there.
 //! Does not own: the stores (`s3.rs`, `s3_stores.rs`), servers (`postgres.rs`).
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -180,7 +181,8 @@ impl S3Rig<'_> {
     pub fn sealed(&self, store: &S3Server) -> Vec<String> {
         let archive = Self::archive(&self.snapshot(store)).expect("there is a lineage");
         let catalog = wait_for(archive.load_catalog()).expect("the catalog can be read");
-        catalog.timelines.values().flatten().flat_map(|dir| dir.entries.keys()).map(ToString::to_string).collect()
+        let names = catalog.directories().flat_map(|digest| digest.indexed().map(|entry| entry.segment.to_string()));
+        names.collect::<BTreeSet<String>>().into_iter().collect()
     }
 
     /// The end of what a copy holds from its beginning, contiguously.

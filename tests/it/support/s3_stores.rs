@@ -14,8 +14,8 @@ use super::postgres::free_port;
 use super::process::{self, Reaped, Scratch};
 use super::s3_rig::Reach;
 
-const START_DEADLINE: Duration = Duration::from_secs(60);
-const TOOL_DEADLINE: Duration = Duration::from_secs(30);
+const START_DEADLINE: Duration = process::DEADLINE;
+const TOOL_DEADLINE: Duration = process::DEADLINE;
 const BUCKET: &str = "archive";
 
 /// A running store; it ends, and its content goes, when dropped.
