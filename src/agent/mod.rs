@@ -7,6 +7,7 @@ mod absence;
 pub mod backup;
 pub mod cluster;
 mod drain;
+pub mod expire;
 mod known;
 pub mod mend;
 pub mod observer;
@@ -27,10 +28,12 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{ExitCode, Failure};
+use crate::retention::Policy;
 use crate::wal::Lsn;
 use backup::BackupSettings;
 use backup::keeper::Keeper;
 use cluster::{ClusterAgent, Status};
+use expire::Expirer;
 use mend::Mender;
 use observer::{Observer, Subject};
 use world::{ClusterOptions, World};
@@ -46,6 +49,8 @@ pub struct Assignment {
     pub world: World,
     pub options: ClusterOptions,
     pub backups: BackupSettings,
+    /// What expires after each good backup; `None`: nothing does by itself.
+    pub retention: Option<Policy>,
 }
 
 /// Every cluster of the process. One failing never touches another.
@@ -53,6 +58,7 @@ pub struct Assignment {
 pub struct Fleet {
     clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
     keepers: Vec<Keeper>,
+    expirers: Vec<Expirer>,
     menders: Vec<Mender>,
     observer: Observer,
     stop: CancellationToken,
@@ -65,9 +71,9 @@ impl Fleet {
         let is_alone = assignments.len() == 1;
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
-        let (mut keepers, mut menders) = (Vec::new(), Vec::new());
+        let (mut keepers, mut menders, mut expirers) = (Vec::new(), Vec::new(), Vec::new());
         let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
-        for Assignment { world, options, backups } in assignments {
+        for Assignment { world, options, backups, retention } in assignments {
             let name = options.name.clone();
             let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
             if is_alone {
@@ -81,10 +87,17 @@ impl Fleet {
             let (mender, mended) = Mender::new(world.clone(), options.clone(), status.clone(), signals, stop.clone());
             keepers.push(keeper.beside(mended.clone(), lost));
             menders.push(mender);
-            subjects.push(Subject { world, options, status: status.clone(), backups: kept, mended });
+            let expiring = retention.map(|policy| {
+                let (world, options, status) = (world.clone(), options.clone(), status.clone());
+                let (expirer, facts) = Expirer::new(world, options, policy, status, kept.clone(), stop.clone());
+                expirers.push(expirer);
+                facts
+            });
+            let retention = expiring;
+            subjects.push(Subject { world, options, status: status.clone(), backups: kept, retention, mended });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, keepers, menders, observer: Observer::new(subjects, stop.clone()), stop }
+        Fleet { clusters, keepers, menders, expirers, observer: Observer::new(subjects, stop.clone()), stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -98,6 +111,7 @@ impl Fleet {
         let is_alone = self.clusters.len() == 1;
         let mut running = JoinSet::new();
         let mut keeping: JoinSet<()> = self.keepers.into_iter().map(Keeper::run).collect();
+        self.expirers.into_iter().for_each(|expirer| drop(keeping.spawn(expirer.run())));
         // What one was at is found again by the next.
         let _mending: JoinSet<()> = self.menders.into_iter().map(Mender::run).collect();
         for (name, agent, status) in self.clusters {

@@ -24,6 +24,7 @@ use crate::monitor::health::{
     BackupFacts, ClusterFacts, LossClock, Positions, RepositoryFacts, RepositoryState, SlotFacts, SpoolFacts,
 };
 use crate::monitor::http::Source;
+use crate::monitor::retention::RetentionFacts;
 use crate::monitor::status::State;
 use crate::postgres::sql::{self, SlotRow};
 use crate::receiver::{Acknowledge, Activity};
@@ -47,6 +48,7 @@ struct Observed {
     options: ClusterOptions,
     status: watch::Receiver<Status>,
     backups: watch::Receiver<BackupFacts>,
+    retention: Option<watch::Receiver<RetentionFacts>>,
     mended: watch::Receiver<MendFacts>,
     kept: Mutex<Kept>,
 }
@@ -93,6 +95,8 @@ pub struct Subject {
     pub options: ClusterOptions,
     pub status: watch::Receiver<Status>,
     pub backups: watch::Receiver<BackupFacts>,
+    /// Where the agent expires by itself.
+    pub retention: Option<watch::Receiver<RetentionFacts>>,
     pub mended: watch::Receiver<MendFacts>,
 }
 
@@ -103,6 +107,7 @@ impl Observer {
             options: subject.options,
             status: subject.status,
             backups: subject.backups,
+            retention: subject.retention,
             mended: subject.mended,
             kept: Mutex::default(),
         };
@@ -230,6 +235,7 @@ impl Observed {
             slot: self.slot_facts(kept.slot.as_ref()),
             gaps: kept.gaps.as_ref().map(|gaps| gaps.open),
             backups: self.backups.borrow().clone(),
+            retention: self.retention.as_ref().map(|facts| facts.borrow().clone()).unwrap_or_default(),
             damaged: self.damaged(),
             failure: status.failure.as_ref().map(Failure::to_string),
             contract_broken: broken_contract(watched),

@@ -60,7 +60,8 @@ pub async fn wait_for_wal(
 /// Creates `backup.json`, if nobody has declared the backup dead, or taken the lease.
 ///
 /// The expiring side puts `dead.json` first and looks for `backup.json` then; this side looks the other way round. So at
-/// least one of the two sees the other, and volumes are deleted only by one that did not.
+/// least one of the two sees the other, and volumes are deleted only by one that did not. Where this side was paused so
+/// long that even `dead.json` is gone again, `begin.json` is gone too, which went first.
 pub async fn commit(
     destination: &Destination,
     surroundings: &dyn Surroundings,
@@ -68,7 +69,7 @@ pub async fn commit(
     patience: &Patience,
 ) -> Result<(), BackupError> {
     let archive = &destination.archive;
-    let is_dead = || async { Ok(archive.is_dead(file.id).await?) };
+    let is_dead = || async { Ok(!archive.is_kept(file.id).await?) };
     let dead = BackupError::Dead { id: file.id };
     if patience.retry(is_dead).await? {
         return Err(dead);

@@ -209,8 +209,27 @@ pub struct BackupRecord {
 }
 
 impl BackupRecord {
-    /// The backup, if it can be relied on.
+    /// A complete one as the process that took it left it.
+    pub fn of(backup: BackupFile) -> BackupRecord {
+        let begin = BeginFile {
+            schema: backup.schema,
+            id: backup.id,
+            backup_type: backup.backup_type,
+            parent: backup.parent,
+            label: backup.label.clone(),
+            started: backup.started,
+            slot_restart_lsn: backup.start_lsn,
+            timeline: backup.timeline,
+            lease: None,
+            host: None,
+            version: backup.version.clone(),
+        };
+        BackupRecord { id: backup.id, begin: Some(begin), backup: Some(backup), is_dead: false, damaged: None }
+    }
+
+    /// The backup, if it can be relied on. `begin.json` is the first object there is of a backup and the first that goes:
+    /// while it is there, and no `dead.json`, so is everything else.
     pub fn complete(&self) -> Option<&BackupFile> {
-        self.backup.as_ref().filter(|_| !self.is_dead && self.damaged.is_none())
+        self.backup.as_ref().filter(|_| !self.is_dead && self.begin.is_some() && self.damaged.is_none())
     }
 }

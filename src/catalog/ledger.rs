@@ -1,9 +1,12 @@
 //! Owns: the facts of the ledger, one JSON object each, and what `expired` ones take away from readers.
 //! Does not own: their names (`repository::layout`), what follows from them (`continuity`, `retention`).
 
+use std::collections::BTreeSet;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::repository::layout::BackupId;
 use crate::wal::{Lsn, SegmentName, SegmentSize, TimelineId};
 
 /// What happened. In object names the words are joined by hyphens, in JSON by underscores.
@@ -19,6 +22,8 @@ pub enum FactKind {
     Expired,
     /// An announcement of that kind is taken back: nothing of it was deleted. It names the other in its details.
     ExpiredWithdrawn,
+    /// An announcement of that kind is carried out, whoever does it. One name holds this or the withdrawal, never both.
+    ExpiredConfirmed,
     BackupFailed,
     Drill,
     /// A run of `verify`, or a part of one.
@@ -42,7 +47,7 @@ impl FactKind {
             FactKind::Conflict => "conflict",
             FactKind::CorruptAtSource => "corrupt-at-source",
             FactKind::Expired => "expired",
-            FactKind::ExpiredWithdrawn => "expired-withdrawn",
+            FactKind::ExpiredWithdrawn | FactKind::ExpiredConfirmed => EXPIRY_DECISION,
             FactKind::BackupFailed => "backup-failed",
             FactKind::Drill => "drill",
             FactKind::Verify => "verify",
@@ -53,8 +58,13 @@ impl FactKind {
     }
 }
 
-/// In the details of an `expired` fact and of the one that withdraws it: which announcement, hexadecimal.
+/// The word of both decisions about an announcement: their name is the announcement's but for the word, so that whoever
+/// creates it first decides.
+const EXPIRY_DECISION: &str = "expiry-decision";
+/// In the details of an `expired` fact and of the decision about it: which announcement, sixteen hexadecimal digits.
 pub const ANNOUNCEMENT: &str = "announcement";
+/// In the details of an `expired` fact: the ids of the backups that it takes away.
+pub const BACKUPS: &str = "backups";
 /// In the details of a `damaged` or `mended` fact: which object (its key below the lineage), where it is one of a backup
 /// which backup, and what is wrong.
 pub const OBJECT: &str = "object";
@@ -114,18 +124,64 @@ impl LedgerFact {
         (self.timeline, self.from_lsn, self.to_lsn) = (Some(timeline), Some(from), Some(to));
         self
     }
+
+    /// Which announcement it makes, or decides about.
+    pub fn announcement(&self) -> Option<u64> {
+        let text = self.details.get(ANNOUNCEMENT)?.as_str()?;
+        (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten()
+    }
+
+    /// Sets the announcement it makes, or decides about.
+    pub fn with_announcement(mut self, announcement: u64) -> LedgerFact {
+        self.details.insert(ANNOUNCEMENT.into(), format!("{announcement:016x}").into());
+        self
+    }
+
+    /// The backups an `expired` fact takes away.
+    pub fn expired_backups(&self) -> impl Iterator<Item = BackupId> {
+        let ids = self.details.get(BACKUPS).and_then(|ids| ids.as_array());
+        ids.into_iter().flatten().filter_map(|id| id.as_str()?.parse().ok())
+    }
 }
 
-/// Every segment name that `expire` has announced it deletes: readers act as if it were gone already.
+/// The kinds, as words in names, that say what `expire` has announced and what became of it.
+pub fn is_about_expiry(word: &str) -> bool {
+    word == FactKind::Expired.word() || word == EXPIRY_DECISION
+}
+
+/// The announcements of `expire` that are in force: carried out, or not decided about yet. One without a number is older
+/// than decisions are.
+pub fn announcements<'a>(facts: &'a [LedgerFact]) -> impl Iterator<Item = &'a LedgerFact> + use<'a> {
+    let withdrawn = facts.iter().filter(|fact| fact.kind == FactKind::ExpiredWithdrawn);
+    let withdrawn: BTreeSet<u64> = withdrawn.filter_map(LedgerFact::announcement).collect();
+    let is_withdrawn = move |fact: &LedgerFact| fact.announcement().is_some_and(|id| withdrawn.contains(&id));
+    facts.iter().filter(move |fact| fact.kind == FactKind::Expired && !is_withdrawn(fact))
+}
+
+/// Everything that `expire` has announced it deletes: readers act as if it were gone already.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expired {
     ranges: Vec<SegmentRange>,
+    backups: BTreeSet<BackupId>,
 }
 
 impl Expired {
-    pub fn of<'a>(facts: impl IntoIterator<Item = &'a LedgerFact>) -> Expired {
-        let expired = facts.into_iter().filter(|fact| fact.kind == FactKind::Expired);
-        Expired { ranges: expired.flat_map(|fact| fact.segments.iter().copied()).collect() }
+    pub fn of(facts: &[LedgerFact]) -> Expired {
+        let ranges = announcements(facts).flat_map(|fact| fact.segments.iter().copied()).collect();
+        Expired { ranges, backups: announcements(facts).flat_map(LedgerFact::expired_backups).collect() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty() && self.backups.is_empty()
+    }
+
+    /// In no order; they may overlap.
+    pub fn ranges(&self) -> &[SegmentRange] {
+        &self.ranges
+    }
+
+    pub fn backups(&self) -> &BTreeSet<BackupId> {
+        &self.backups
     }
 
     pub fn contains(&self, name: SegmentName) -> bool {
@@ -158,23 +214,47 @@ mod tests {
     #[test]
     fn words_and_json_agree_but_for_the_hyphen() {
         use FactKind::*;
-        for kind in [
-            Gap,
-            GapHealed,
-            Fork,
-            Conflict,
-            CorruptAtSource,
-            Expired,
-            ExpiredWithdrawn,
-            BackupFailed,
-            Drill,
-            Verify,
-            Damaged,
-            Mended,
-        ] {
+        for kind in
+            [Gap, GapHealed, Fork, Conflict, CorruptAtSource, Expired, BackupFailed, Drill, Verify, Damaged, Mended]
+        {
             let json = serde_json::to_value(kind).unwrap();
             assert_eq!(json.as_str().unwrap().replace('_', "-"), kind.word());
         }
+    }
+
+    #[test]
+    fn an_announcement_counts_unless_it_is_withdrawn() {
+        let at: Timestamp = "2026-11-22T11:00:00Z".parse().unwrap();
+        let name = |low| SegmentName { timeline: TimelineId(1), high: 0, low };
+        let announced = |id: Option<u64>, first, last, backup: &str| {
+            let mut fact = LedgerFact::new(FactKind::Expired, at, "retention");
+            fact.segments.push(SegmentRange { first: name(first), last: name(last) });
+            fact.details.insert(BACKUPS.into(), serde_json::json!([backup, "no id", 7]));
+            id.into_iter().fold(fact, LedgerFact::with_announcement)
+        };
+        let decided = |kind, id| LedgerFact::new(kind, at, "x").with_announcement(id);
+        let (one, two, three) = ("20261101T000000Z-full", "20261102T000000Z-full", "20261103T000000Z-full");
+        let mut ledger = vec![
+            announced(Some(1), 1, 3, one),
+            announced(Some(2), 4, 6, two),
+            announced(None, 7, 7, three),
+            decided(FactKind::ExpiredConfirmed, 1),
+        ];
+        let seen = |ledger: &[LedgerFact]| {
+            let expired = Expired::of(ledger);
+            let names: Vec<u32> = (0..9).filter(|&low| expired.contains(name(low))).collect();
+            (names, expired.backups().iter().map(BackupId::to_string).collect::<Vec<_>>())
+        };
+        let all = [one, two, three].map(String::from).to_vec();
+        assert_eq!(seen(&ledger), ((1..=7).collect(), all), "one nobody has decided about counts");
+        ledger.insert(0, decided(FactKind::ExpiredWithdrawn, 2));
+        let left = [one, three].map(String::from).to_vec();
+        assert_eq!(seen(&ledger), (vec![1, 2, 3, 7], left.clone()), "in whatever order they are read");
+        ledger.push(decided(FactKind::ExpiredWithdrawn, 9));
+        ledger.push(LedgerFact::new(FactKind::ExpiredWithdrawn, at, "names none"));
+        assert_eq!(seen(&ledger), (vec![1, 2, 3, 7], left));
+        assert_eq!(FactKind::ExpiredWithdrawn.word(), FactKind::ExpiredConfirmed.word(), "one name for either");
+        assert!(is_about_expiry(FactKind::ExpiredWithdrawn.word()) && is_about_expiry("expired"));
     }
 
     #[test]

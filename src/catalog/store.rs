@@ -5,6 +5,7 @@
 
 mod backups;
 mod directories;
+pub mod inventory;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use serde::de::DeserializeOwned;
 use super::contents::{DirectoryContents, SegmentObject, TailObject, TimelineState};
 use super::damage::Damages;
 use super::index::{IndexEntry, IndexFile};
-use super::ledger::{Expired, FactKind, LedgerFact};
+use super::ledger::{self, Expired, FactKind, LedgerFact};
 use super::lineage::{LineageFile, RepositoryFile, WriterFile};
 use crate::codec::Form;
 use crate::codec::decode::{DecodeError, ObjectDecoder};
@@ -511,7 +512,7 @@ impl Archive {
 
     /// What `expire` has announced it deletes.
     pub async fn expired(&self) -> Result<Expired, CatalogError> {
-        let facts = self.facts(|kind| kind == FactKind::Expired.word()).await?;
+        let facts = self.facts(ledger::is_about_expiry).await?;
         Ok(Expired::of(&facts))
     }
 
@@ -522,8 +523,20 @@ impl Archive {
     }
 
     async fn facts(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<LedgerFact>, CatalogError> {
+        for _ in 0..LISTINGS_MAX {
+            match self.facts_once(&wanted).await {
+                // `expire` removes its own facts once a newer one says all that they say.
+                Err(CatalogError::Store(error)) if error.is(StoreErrorKind::NotFound) => {}
+                read => return read,
+            }
+        }
+        let directory = place(self.backend(), &self.lineage.ledger());
+        Err(CatalogError::Unsteady { directory, attempts: LISTINGS_MAX })
+    }
+
+    async fn facts_once(&self, wanted: &impl Fn(&str) -> bool) -> Result<Vec<LedgerFact>, CatalogError> {
         let listed = self.backend.list(Some(&self.lineage.ledger())).await?;
-        let wanted = |name: &str| layout::ledger_kind(name).is_some_and(&wanted);
+        let wanted = |name: &str| layout::ledger_kind(name).is_some_and(wanted);
         let keys: Vec<(Key, u64)> = objects(&listed)
             .filter(|(name, _)| wanted(name))
             .filter_map(|(name, bytes)| Some((self.lineage.ledger_object(name)?, bytes)))

@@ -116,6 +116,8 @@ pub enum Command {
     Pin(PinArgs),
     /// Leave a backup to retention again
     Unpin(PinArgs),
+    /// What retention keeps and removes, and why; --apply removes it
+    Expire(ExpireArgs),
     /// Every hole in the archive; exit code 1 when one is open
     Gaps(GapsArgs),
     /// What can be restored, to the commit; exit code 1 when nothing can
@@ -209,6 +211,19 @@ pub struct ListArgs {
 pub struct PinArgs {
     /// Its id, as `seawall list` shows it
     pub backup: String,
+}
+
+/// Works from the repositories alone, each by what it holds itself. Without --apply nothing is changed. What others need
+/// meanwhile (a running backup or restore, a pin) stays. A run that ends early is continued by the next. Exit codes: 75
+/// while somebody takes a backup or expires, 77 without the right to delete.
+#[derive(Args, Debug)]
+pub struct ExpireArgs {
+    /// Do it
+    #[arg(long)]
+    pub apply: bool,
+    /// In this repository only
+    #[arg(long, value_name = "REPOSITORY")]
+    pub only: Option<String>,
 }
 
 #[derive(Args, Debug)]

@@ -9,6 +9,7 @@ mod args;
 mod backup;
 mod check;
 mod demo;
+mod expire;
 mod find;
 mod gaps;
 mod init;
@@ -151,6 +152,7 @@ fn run(cli: &Cli, contract: Contract) -> u8 {
         Command::List(args) => list::run(global, args),
         Command::Pin(args) => pin::run(global, args, pin::Word::Pin),
         Command::Unpin(args) => pin::run(global, args, pin::Word::Unpin),
+        Command::Expire(args) => expire::run(global, args),
         Command::Gaps(args) => gaps::run(global, args),
         Command::Window(args) => window::run(global, args),
         Command::Restore(args) => restore::run(global, args),

@@ -20,6 +20,7 @@ use crate::restore::plan::RestorePlan;
 use crate::restore::search::ArchiveSearch;
 use crate::restore::target::{self, Target, TargetError, TimelineChoice, Wish};
 use crate::restore::wal_get::Holder;
+use carry_out::Carried;
 use shown::ShownPlan;
 
 pub fn run(global: &Global, args: &RestoreArgs) -> Result<Verdict, Failure> {
@@ -28,17 +29,25 @@ pub fn run(global: &Global, args: &RestoreArgs) -> Result<Verdict, Failure> {
     let config = ArchiveConfig::choose(&archives, global.cluster.as_deref())?;
     let keys = keys::reading(config.identity_file.as_deref())?;
     setup::block_on(async {
-        let (plan, holders) = make_plan(global, args, config, &keys, &wish).await?;
-        let shown = ShownPlan::of(&plan);
-        match (args.plan, global.json) {
-            (true, true) => output::json(&shown),
-            (true, false) => output::text(&shown.to_text()),
-            (false, _) => output::note(shown.to_text()),
+        let mut is_first = true;
+        loop {
+            let (plan, holders) = make_plan(global, args, config, &keys, &wish).await?;
+            let shown = ShownPlan::of(&plan);
+            match (args.plan, global.json) {
+                (true, true) => output::json(&shown),
+                (true, false) => output::text(&shown.to_text()),
+                (false, _) => output::note(shown.to_text()),
+            }
+            if args.plan {
+                return Ok(Verdict::Fine);
+            }
+            match carry_out::carry_out(global, args, &plan, &holders).await? {
+                Carried::Out => return Ok(Verdict::Fine),
+                Carried::Overtaken(why) if is_first => output::note(format_args!("{why}: planning anew")),
+                Carried::Overtaken(why) => return Err(why),
+            }
+            is_first = false;
         }
-        if !args.plan {
-            carry_out::carry_out(global, args, &plan, &holders).await?;
-        }
-        Ok(Verdict::Fine)
     })?
 }
 

@@ -31,7 +31,8 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
                 world = setup::metered(world, cluster);
             }
             let options = setup::options(cluster, spool.clone())?;
-            Ok(Assignment { world, options, backups: setup::backups(cluster) })
+            let retention = cluster.retention.policy.clone().filter(|_| cluster.retention.automatic);
+            Ok(Assignment { world, options, backups: setup::backups(cluster), retention })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {

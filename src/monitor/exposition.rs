@@ -97,6 +97,11 @@ fn set_backups(facts: &ClusterFacts, set: impl Fn(&'static str, f64)) {
     set(names::BACKUPS_MISSING, number(backups.is_known.then_some(backups.missing.len() as u64)));
 }
 
+fn set_retention(facts: &ClusterFacts, set: impl Fn(&'static str, f64)) {
+    let last_run = facts.retention.last_run;
+    set(names::RETENTION_LAST, last_run.map_or(f64::NAN, |at| at.as_microsecond() as f64 / 1e6));
+}
+
 fn set_cluster(facts: &ClusterFacts) {
     let cluster = &facts.name;
     let set = |name: &'static str, value: f64| gauge!(name, "cluster" => cluster.clone()).set(value);
@@ -124,7 +129,8 @@ fn set_cluster(facts: &ClusterFacts) {
     set(names::HELD_BYTES, facts.held_bytes as f64);
     set(names::HELD_LIMIT_BYTES, facts.held_limit_bytes as f64);
     set(names::GAPS_OPEN, number(facts.gaps.map(|count| count as u64)));
-    set_backups(facts, set);
+    set_backups(facts, &set);
+    set_retention(facts, &set);
     if let Some(spool) = &facts.spool {
         set(names::SPOOL_BYTES, spool.used_bytes as f64);
         set(names::SPOOL_LIMIT_BYTES, spool.limit_bytes as f64);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::backup::{BackupEntry, BackupRunning, NextBackup};
+use super::retention::RetentionFacts;
 use super::status::{ClusterStatus, Health, RepositoryStatus, SlotStatus, State, size};
 use crate::receiver::Acknowledge;
 use crate::wal::{Lsn, SystemId, TimelineId};
@@ -43,6 +44,7 @@ pub struct ClusterFacts {
     /// Open ones; `None`: not looked at.
     pub gaps: Option<usize>,
     pub backups: BackupFacts,
+    pub retention: RetentionFacts,
     /// How many objects in the repositories are damaged and not mended; one of them, and why.
     pub damaged: Option<(usize, String)>,
     /// Why there is no stream.
@@ -216,6 +218,9 @@ impl ClusterFacts {
             find(Health::Degraded, true, format!("{count} open gap(s) in the archive: see `seawall gaps`"));
         }
         self.find_in_backups(&mut find);
+        if let Some(why) = &self.retention.failure {
+            find(Health::Degraded, false, format!("retention could not be applied, nothing needed is lost: {why}"));
+        }
         let slot = &self.slot.name;
         if let Some(why) = &self.slot.lost {
             find(Health::Failing, true, format!("slot {slot} is lost: {why}"));
@@ -311,6 +316,7 @@ impl ClusterFacts {
             },
             last_backup: self.backups.last.clone(),
             backup_running: self.backups.running.clone(),
+            retention: self.retention.to_status(),
             next_backup: self.backups.next.clone(),
             window: None,
             gaps: self.gaps,
@@ -494,6 +500,7 @@ mod tests {
             repositories: vec![repository.clone(), RepositoryFacts { name: "offsite".into(), ..repository }],
             required: 1,
             backups: BackupFacts { is_known: true, last: Some(entry), ..BackupFacts::default() },
+            retention: RetentionFacts::default(),
             ..ClusterFacts::default()
         }
     }

@@ -10,4 +10,5 @@ pub mod exposition;
 pub mod health;
 pub mod http;
 mod process;
+pub mod retention;
 pub mod status;

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::backup::{BackupEntry, BackupRunning, NextBackup};
+use super::retention::RetentionStatus;
 use crate::receiver::Acknowledge;
 use crate::wal::Lsn;
 
@@ -41,6 +42,9 @@ pub struct ClusterStatus {
     pub last_backup: Option<BackupEntry>,
     /// Taken by the agent at this moment.
     pub backup_running: Option<BackupRunning>,
+    /// What the agent has expired; `None` where it does not, or is not asked.
+    #[serde(default)]
+    pub retention: Option<RetentionStatus>,
     /// Of the schedule.
     pub next_backup: Option<NextBackup>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.

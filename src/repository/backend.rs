@@ -153,6 +153,19 @@ pub trait Backend: fmt::Debug + Send + Sync {
         }
         Ok(())
     }
+
+    /// Removes objects of which none needs another to stay or to go first, all that the store lets go. Those it does not
+    /// (a lock, a legal hold, a policy) come back with why; anything else that goes wrong ends it.
+    async fn delete_each(&self, keys: &[Key]) -> Result<Vec<(Key, StoreError)>, StoreError> {
+        let mut kept = Vec::new();
+        for key in keys {
+            match self.delete(key).await {
+                Err(error) if error.is(StoreErrorKind::PermissionDenied) => kept.push((key.clone(), error)),
+                deleted => deleted?,
+            }
+        }
+        Ok(kept)
+    }
 }
 
 /// An object being written. Dropping it leaves nothing under its name; debris is cleaned by the backend later.

@@ -223,6 +223,22 @@ impl Backend for LocalBackend {
         let objects = keys.to_vec();
         self.run(self.operation("delete", first, 0), move |shared| shared.delete(&objects)).await
     }
+
+    /// All together, and one by one where one of them stays.
+    async fn delete_each(&self, keys: &[Key]) -> Result<Vec<(Key, StoreError)>, StoreError> {
+        let mut kept = Vec::new();
+        match self.delete_all(keys).await {
+            Err(error) if error.is(StoreErrorKind::PermissionDenied) => {}
+            deleted => return deleted.map(|()| kept),
+        }
+        for key in keys {
+            match self.delete(key).await {
+                Err(error) if error.is(StoreErrorKind::PermissionDenied) => kept.push((key.clone(), error)),
+                deleted => deleted?,
+            }
+        }
+        Ok(kept)
+    }
 }
 
 impl Shared {

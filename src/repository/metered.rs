@@ -165,6 +165,10 @@ impl Backend for MeteredBackend {
     async fn delete_all(&self, keys: &[Key]) -> Result<(), StoreError> {
         self.call("delete").end(self.inner.delete_all(keys).await)
     }
+
+    async fn delete_each(&self, keys: &[Key]) -> Result<Vec<(Key, StoreError)>, StoreError> {
+        self.call("delete").end(self.inner.delete_each(keys).await)
+    }
 }
 
 #[derive(Debug)]

@@ -1,11 +1,15 @@
 //! Retention: what stays in a repository, what goes, and why.
 //!
+//! Owns: the rules ([`policy`]), what one repository holds of one lineage ([`inventory`]), how old anything in it is
+//! ([`calendar`]), what needs what ([`needs`]), and the verdict on every object ([`plan`]); proto-notes/10-retention.md.
+//! Beside that: reading an inventory ([`read`]) and carrying a plan out ([`apply`], objects one by one in `delete`).
+//! Does not own: listing a repository (`catalog/store/inventory.rs`), when anything expires (`agent`), by whose word (`cli`).
 //! Owns: the rules ([`policy`]), what one repository holds of one lineage ([`inventory`]) and what that means (`survey`), how
 //! old anything in it is ([`calendar`]), what needs what (`needs`), and the verdict on every object ([`mod@plan`]);
 //! proto-notes/10-retention.md.
 //! Does not own: reading a repository (`catalog/store`), carrying a plan out (`apply`), when that is done (`agent`).
 //!
-//! Everything but `apply` is pure: a plan follows from an inventory, a policy and the time of day alone, and every rule is
+//! Everything but `read`, `apply` and `delete` is pure: a plan follows from an inventory, a policy and the time of day alone, and every rule is
 //! decided for keeping more where it could be read two ways:
 //!
 //! * Any rule that keeps a thing outranks all that do not. A policy without rules removes nothing.
@@ -18,11 +22,14 @@
 //! * `wal` begins at the newest kept backup that is consistent at or before it, so that WAL younger than it is of use.
 //! * Ages are counted on the archive's own calendar (`calendar.rs`): a clock that jumped makes nothing old.
 
+pub mod apply;
 pub mod calendar;
+mod delete;
 pub mod inventory;
 mod needs;
 pub mod plan;
 pub mod policy;
+pub mod read;
 mod survey;
 
 pub use inventory::{

@@ -69,6 +69,9 @@ pub const BACKUP_DONE_BYTES: &str = "seawall_backup_running_raw_bytes";
 pub const BACKUPS_MISSING: &str = "seawall_repositories_without_backup";
 const BACKUPS: &str = "seawall_backups_total";
 const BACKUP_FAILURES: &str = "seawall_failed_backups_total";
+pub const RETENTION_LAST: &str = "seawall_last_retention_timestamp_seconds";
+const EXPIRED_BYTES: &str = "seawall_expired_bytes_total";
+const EXPIRY_FAILURES: &str = "seawall_failed_expiries_total";
 const STREAMS: &str = "seawall_streams_total";
 const FAILURES: &str = "seawall_failed_attempts_total";
 const STORE_REQUESTS: &str = "seawall_store_requests_total";
@@ -119,6 +122,9 @@ pub const CATALOGUE: &[MetricDoc] = &[
     gauge(BACKUPS_MISSING, CLUSTER, "Repositories that take part and hold no complete base backup."),
     counter(BACKUPS, CLUSTER, "Base backups this agent has completed."),
     counter(BACKUP_FAILURES, CLUSTER, "Base backups this agent has tried in vain."),
+    gauge(RETENTION_LAST, CLUSTER, "When this agent last applied retention, in Unix time."),
+    counter(EXPIRED_BYTES, CLUSTER, "What this agent has deleted by retention, in all repositories."),
+    counter(EXPIRY_FAILURES, CLUSTER, "Times this agent could not apply retention."),
     gauge(REPOSITORY_LSN, REPOSITORY, "Record end up to which the repository holds everything."),
     gauge(REPOSITORY_STATE, &["cluster", "repository", "state"], "1 for the state it is in, 0 for the others."),
     gauge(SLOT_STATUS, &["cluster", "status"], "1 for the slot's wal_status, 0 for the others; asked once a minute."),
@@ -183,6 +189,16 @@ pub fn backup_completed(cluster: &str) {
 /// A base backup came to nothing.
 pub fn backup_failed(cluster: &str) {
     counter!(BACKUP_FAILURES, "cluster" => cluster.to_string()).increment(1);
+}
+
+/// Retention was applied, in all repositories.
+pub fn expired(cluster: &str, bytes: u64) {
+    counter!(EXPIRED_BYTES, "cluster" => cluster.to_string()).increment(bytes);
+}
+
+/// Retention could not be applied.
+pub fn expiry_failed(cluster: &str) {
+    counter!(EXPIRY_FAILURES, "cluster" => cluster.to_string()).increment(1);
 }
 
 /// A call to a store is about to be repeated.

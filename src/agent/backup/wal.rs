@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Place;
 use crate::agent::cluster::Status;
-use crate::catalog::{CatalogError, Damages, Expired, FactKind, Piece};
+use crate::catalog::{CatalogError, Damages, Expired, Piece};
 use crate::continuity;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::wal::{Lsn, SegmentSize, TimelineId};
@@ -124,8 +124,7 @@ async fn told(status: &mut watch::Receiver<Status>, repository: usize, stop: Lsn
 async fn held(place: &Place, needed: Needed) -> Result<Held, CatalogError> {
     let (archive, size) = (&place.archive, needed.segment_size);
     let facts = archive.ledger().await?;
-    let expired = Expired::of(facts.iter().filter(|fact| fact.kind == FactKind::Expired));
-    let damages = Damages::of(&facts);
+    let (expired, damages) = (Expired::of(&facts), Damages::of(&facts));
     let (_, directories) = archive.wal_listing().await?;
     let high = |lsn: Lsn| u32::try_from(lsn.0 >> 32).unwrap_or(u32::MAX);
     let range = high(needed.start)..=high(needed.stop);

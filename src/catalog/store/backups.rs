@@ -30,7 +30,8 @@ impl Archive {
         Ok(ids)
     }
 
-    /// What is there of one backup. `dead.json` is looked for last: put before this began, it is seen.
+    /// What is there of one backup. `dead.json` is looked for last: put before this began, it is seen. It may have gone by
+    /// then, as the last object of all: so may `begin.json`, the first that goes.
     pub async fn backup_record(&self, id: BackupId) -> Result<BackupRecord, CatalogError> {
         self.record_beside(id, &self.damages().await?).await
     }
@@ -41,8 +42,17 @@ impl Archive {
         let begin = readable(begin, &mut damaged)?;
         let backup = self.own::<BackupFile>(id, &self.lineage.backup_json(id), |file| file.id).await;
         let backup = readable(backup, &mut damaged)?;
-        let is_dead = self.is_dead(id).await?;
+        let mut is_dead = self.is_dead(id).await?;
+        if backup.is_some() && begin.is_some() && !is_dead {
+            is_dead = self.backend.stat(&self.lineage.backup_begin(id)).await?.is_none();
+        }
         Ok(BackupRecord { id, begin, backup, is_dead, damaged })
+    }
+
+    /// Whether nobody has announced that backup `id` goes, and nothing of it is gone: in this order, so that it is told
+    /// of one that went while this looked.
+    pub async fn is_kept(&self, id: BackupId) -> Result<bool, CatalogError> {
+        Ok(!self.is_dead(id).await? && self.backend.stat(&self.lineage.backup_begin(id)).await?.is_some())
     }
 
     /// Every backup there is anything of, in order.
@@ -71,15 +81,30 @@ impl Archive {
 
     /// The latest word on every pin, released and lapsed ones too.
     pub async fn pins(&self) -> Result<BTreeMap<PinName, PinFile>, CatalogError> {
-        let listed = self.backend.list(Some(&self.lineage.pins())).await?;
-        let mut latest: BTreeMap<u64, PinName> = BTreeMap::new();
-        for name in objects(&listed).filter_map(|(name, _)| PinName::parse(name)) {
-            let known = latest.entry(name.id).or_insert(name);
-            *known = name.max(*known);
+        for _ in 0..LISTINGS_MAX {
+            let mut latest: BTreeMap<u64, PinName> = BTreeMap::new();
+            for name in self.pin_names().await? {
+                let known = latest.entry(name.id).or_insert(name);
+                *known = name.max(*known);
+            }
+            let read = stream::iter(latest.into_values()).map(|name| async move {
+                let file: Option<PinFile> = fetch_json(self.backend(), &self.lineage.pin(name)).await?;
+                Ok::<_, CatalogError>(file.map(|file| (name, file)))
+            });
+            let read: Vec<Option<(PinName, PinFile)>> = read.buffered(FETCHES).try_collect().await?;
+            // One that is over was tidied away since the listing: another of its id may be there by now.
+            if let Some(pins) = read.into_iter().collect() {
+                return Ok(pins);
+            }
         }
-        let read = stream::iter(latest.into_values())
-            .map(|name| async move { Ok::<_, CatalogError>((name, self.required(&self.lineage.pin(name)).await?)) });
-        read.buffered(FETCHES).try_collect().await
+        let directory = place(self.backend(), &self.lineage.pins());
+        Err(CatalogError::Unsteady { directory, attempts: LISTINGS_MAX })
+    }
+
+    /// Every word on every pin.
+    pub async fn pin_names(&self) -> Result<Vec<PinName>, CatalogError> {
+        let listed = self.backend.list(Some(&self.lineage.pins())).await?;
+        Ok(objects(&listed).filter_map(|(name, _)| PinName::parse(name)).collect())
     }
 
     /// Says the next word on a pin; false when somebody else has said it.
@@ -160,11 +185,6 @@ impl Archive {
             Err(CatalogError::Store(error)) if error.is(StoreErrorKind::AlreadyExists) => Ok(false),
             Err(error) => Err(error),
         }
-    }
-
-    async fn required<T: DeserializeOwned>(&self, key: &Key) -> Result<T, CatalogError> {
-        let file = fetch_json(self.backend(), key).await?;
-        file.ok_or_else(|| CatalogError::Missing { object: place(self.backend(), key) })
     }
 
     /// An object of backup `id`, which must say so itself.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::catalog::index::Crc32;
+use crate::catalog::ledger::FactKind;
 use crate::repository::layout::TailName;
 use crate::testkit::store::MemoryStore;
 use crate::wal::{Carry, Lsn, SegmentNumber, SegmentSummary, SystemId};

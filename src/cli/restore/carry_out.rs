@@ -12,7 +12,7 @@ use crate::cli::args::{Global, RestoreArgs};
 use crate::cli::progress::{Shown, Step};
 use crate::cli::{output, setup};
 use crate::error::{ExitCode, Failure};
-use crate::restore::execute::{self, ExecuteOptions, Mapping, RestoreProgress, Restored};
+use crate::restore::execute::{self, ExecuteOptions, Mapping, RestoreError, RestoreProgress, Restored};
 use crate::restore::plan::RestorePlan;
 use crate::restore::wal_get::Holder;
 use crate::secret::Secret;
@@ -20,12 +20,20 @@ use crate::secret::Secret;
 /// Settings may come by the environment of whoever restores; the server's has none of them.
 const VARIABLES: &str = "SEAWALL__";
 
+/// What came of it.
+#[derive(Debug)]
+pub enum Carried {
+    Out,
+    /// Something it needs began to be deleted between the plan and its pin; nothing was written.
+    Overtaken(Failure),
+}
+
 pub async fn carry_out(
     global: &Global,
     args: &RestoreArgs,
     plan: &RestorePlan,
     holders: &[Holder],
-) -> Result<(), Failure> {
+) -> Result<Carried, Failure> {
     let config = setup::config_path(global)?;
     let options = options(global, args, plan, config.as_deref())?;
     let (progress, watching) = watch::channel(RestoreProgress::default());
@@ -36,13 +44,16 @@ pub async fn carry_out(
         () = shown.follow(watching, step, line) => unreachable!("it follows for as long as it is asked to"),
     };
     drop(shown);
-    let mut restored = restored?;
+    let mut restored = match restored {
+        Err(error @ RestoreError::Overtaken { .. }) => return Ok(Carried::Overtaken(error.into())),
+        restored => restored?,
+    };
     restored.remarks.extend(unreachable_config(config.as_deref(), &restored.pgdata));
     match global.json {
         true => output::json(&ShownRestored::of(plan, &restored, started.elapsed())),
         false => output::text(&in_words(plan, &restored, started.elapsed())),
     }
-    Ok(())
+    Ok(Carried::Out)
 }
 
 fn options(

@@ -209,6 +209,15 @@ impl Lineage {
         self.key(format_args!("backups/{id}/{volume}{}", suffix(form)))
     }
 
+    /// The directory of a stream's volumes.
+    pub fn backup_stream(&self, id: BackupId, stream: TarStream) -> Key {
+        self.key(format_args!("backups/{id}/{stream}"))
+    }
+
+    pub fn backup_config_directory(&self, id: BackupId) -> Key {
+        self.key(format_args!("backups/{id}/config"))
+    }
+
     /// A configuration file that lives outside PGDATA. `name` is relative, of plain components; `None` otherwise.
     pub fn backup_config(&self, id: BackupId, name: &str, form: Form) -> Option<Key> {
         let plain = |part: &str| !matches!(part, "" | "." | "..") && !part.contains('\0');

@@ -3,7 +3,7 @@
 //! Does not own: requests (`request.rs`), what an answer means (`answer.rs`).
 
 use std::path::Path;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -70,6 +70,8 @@ pub(super) struct Shared {
     /// When a client was last built; held while one is.
     building: tokio::sync::Mutex<Option<Instant>>,
     clock: ClockDifference,
+    /// It has refused to delete several objects in one request.
+    pub lacks_batches: AtomicBool,
 }
 
 /// A client and which one it is.
@@ -93,6 +95,7 @@ impl Shared {
             current: Mutex::default(),
             building: tokio::sync::Mutex::default(),
             clock: ClockDifference::default(),
+            lacks_batches: AtomicBool::new(false),
         });
         open.push(Arc::downgrade(&shared));
         shared

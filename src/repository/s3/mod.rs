@@ -10,6 +10,7 @@
 mod answer;
 mod body;
 mod client;
+mod delete;
 mod multipart;
 mod options;
 mod probe;
@@ -126,6 +127,10 @@ impl Backend for S3Backend {
     async fn delete(&self, key: &Key) -> Result<(), StoreError> {
         let deleted = self.shared.delete_object(key).await;
         deleted.map_err(|refused| self.shared.error(Action::Delete, Some(key), refused))
+    }
+
+    async fn delete_each(&self, keys: &[Key]) -> Result<Vec<(Key, StoreError)>, StoreError> {
+        self.shared.delete_each(keys).await
     }
 }
 

@@ -42,6 +42,8 @@ pub enum RestoreError {
     Unobtainable { backup: BackupId, what: String, faults: Faults },
     #[error("object {object} cannot be read: {source}")]
     Key { object: String, source: DecodeError },
+    #[error("{what} is being deleted by `seawall expire`, which began before this restore")]
+    Overtaken { what: String },
     #[error("the backup is not what it says: {fault}")]
     Inconsistent { fault: String },
     #[error(transparent)]
@@ -149,6 +151,9 @@ impl Advice for RestoreError {
             RestoreError::Key { .. } => {
                 "set `identity_file` of the cluster to a file that holds the AGE-SECRET-KEY-1… of one of the recipients it was encrypted to"
             }
+            RestoreError::Overtaken { .. } => {
+                "try again: what can be restored is found out anew; `seawall window` shows it"
+            }
             RestoreError::Inconsistent { .. } => {
                 "restore another backup: `seawall list`; was this one changed by something other than seawall?"
             }
@@ -161,6 +166,7 @@ impl Advice for RestoreError {
             RestoreError::Unobtainable { faults, .. } | RestoreError::NoCopy { faults, .. } if faults.may_pass() => {
                 Disposition::Retry
             }
+            RestoreError::Overtaken { .. } => Disposition::Retry,
             _ => Disposition::Operator,
         }
     }
@@ -172,7 +178,9 @@ impl Advice for RestoreError {
             | RestoreError::NotEmpty { .. }
             | RestoreError::Tablespace { .. }
             | RestoreError::RootOwner { .. } => ExitCode::Usage,
-            RestoreError::Running { .. } | RestoreError::Busy { .. } => ExitCode::TryAgain,
+            RestoreError::Running { .. } | RestoreError::Busy { .. } | RestoreError::Overtaken { .. } => {
+                ExitCode::TryAgain
+            }
             RestoreError::TooSmall { .. } | RestoreError::DiskFull { .. } => ExitCode::Unavailable,
             RestoreError::Local { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ExitCode::Permission,

@@ -50,6 +50,7 @@ use tree::Tree;
 
 use super::marker::{RestoreId, RestoreMarker};
 use super::plan::RestorePlan;
+use super::prefetch;
 use super::wal_get::Holder;
 use crate::catalog::backup::TablespaceEntry;
 use crate::catalog::manifest::Manifest;
@@ -147,6 +148,10 @@ pub async fn execute(
     // What can be refused is refused before anything is written anywhere.
     work.survey().await?;
     let pinned = pin::put(id, plan, holders, options.host.as_deref()).await;
+    if let Some(what) = pin::too_late(plan, holders).await {
+        prefetch::pin::release(holders, id).await;
+        return Err(RestoreError::Overtaken { what });
+    }
     tokio::select! {
         restored = work.carry_out(holders, pinned, Meter::new(progress)) => restored,
         () = pin::keep_renewed(id, holders) => unreachable!("a pin is renewed for ever"),

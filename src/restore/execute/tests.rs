@@ -12,6 +12,7 @@ use super::*;
 use crate::catalog::Archive;
 use crate::catalog::backup::{BackupFile, BeginFile, ConfigEntry, ManifestEntry, PinKind, VolumeEntry};
 use crate::catalog::index::Crc32;
+use crate::catalog::ledger::{BACKUPS, FactKind, LedgerFact, SegmentRange};
 use crate::catalog::manifest::{ChecksumAlgorithm, FileHasher};
 use crate::codec::encrypt::{Encryptor, Identities, Keys, Recipients};
 use crate::codec::{Encoder, FRAME_BYTES, Form};
@@ -732,4 +733,95 @@ async fn progress_comes_to_its_end() {
     let seen = seen.lock().unwrap();
     assert_eq!(seen.last().unwrap().phase, Phase::Finished);
     assert!(seen.iter().all(|progress| progress.bytes_done <= progress.bytes_total), "{seen:?}");
+}
+
+/// What `expire` does before the restore has put its pin, and after the plan was made.
+async fn announce(archive: &Archive, first: &str, last: &str, backups: &[BackupId]) -> LedgerFact {
+    let mut fact = LedgerFact::new(FactKind::Expired, "2026-11-22T11:00:00Z".parse().unwrap(), "retention");
+    fact.segments.push(SegmentRange { first: first.parse().unwrap(), last: last.parse().unwrap() });
+    let ids: Vec<String> = backups.iter().map(BackupId::to_string).collect();
+    fact.details.insert(BACKUPS.into(), ids.into());
+    let fact = fact.with_announcement(7);
+    archive.append_ledger(&fact, 7).await.unwrap();
+    fact
+}
+
+#[tokio::test]
+async fn one_that_needs_what_was_announced_meanwhile_writes_nothing() {
+    let needed = "000000010000000000000002";
+    for stores in [1, 2] {
+        let case = case().with(|case| case.stores = (0..stores).map(|_| MemoryStore::default()).collect());
+        let plan = case.stored();
+        let holders = case.holders();
+        assert_eq!((plan.start_lsn.0 >> 24, plan.end_lsn), (2, Lsn(0x400_0000)), "segments 2 and 3");
+        announce(&holders[0].archive, "000000010000000000000000", needed, &[]).await;
+        if let Some(other) = holders.get(1) {
+            let name = needed.parse().unwrap();
+            other
+                .archive
+                .backend
+                .put_new(&case.lineage().segment(name, Form::Plain), &[Bytes::from("x")])
+                .await
+                .unwrap();
+        }
+        let restored = case.restored().await;
+        let pins = holders[0].archive.pins().await.unwrap();
+        match (stores, restored) {
+            (1, Err(error @ RestoreError::Overtaken { .. })) => {
+                assert_eq!(error.exit_code(), ExitCode::TryAgain);
+                assert!(error.to_string().contains(needed), "{error}");
+                assert!(pins.values().all(|pin| pin.released) && !pins.is_empty(), "{pins:?}");
+                assert!(std::fs::read_dir(case.pgdata()).unwrap().next().is_none());
+            }
+            (2, Ok(_)) => assert!(pins.values().all(|pin| !pin.released), "another repository keeps it"),
+            (_, other) => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_announced_counts_for_what_the_restore_needs_only() {
+    let needed = ["000000010000000000000002", "000000010000000000000003"];
+    for (first, last, is_needed) in [
+        ("000000010000000000000000", "000000010000000000000001", false),
+        ("000000010000000000000004", "000000010000000000000009", false),
+        ("000000020000000000000000", "000000020000000000000009", false),
+        (needed[1], needed[1], true),
+    ] {
+        let case = case();
+        case.stored();
+        announce(&case.holders()[0].archive, first, last, &[]).await;
+        let restored = case.restored().await;
+        assert_eq!(matches!(restored, Err(RestoreError::Overtaken { .. })), is_needed, "{first}: {restored:?}");
+    }
+    // Taken back, it is as if it had never been said.
+    let case = case();
+    case.stored();
+    let archive = &case.holders()[0].archive;
+    let mut fact = announce(archive, needed[0], needed[0], &[case.id()]).await;
+    assert!(matches!(case.restored().await, Err(RestoreError::Overtaken { .. })));
+    fact.kind = FactKind::ExpiredWithdrawn;
+    fact.segments.clear();
+    archive.append_ledger(&fact, 7).await.unwrap();
+    case.restored().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_backup_that_goes_is_not_restored_unless_another_repository_keeps_it() {
+    for (stores, by_ledger) in [(1, false), (1, true), (2, false), (2, true)] {
+        let case = case().with(|case| case.stores = (0..stores).map(|_| MemoryStore::default()).collect());
+        case.stored();
+        let archive = &case.holders()[0].archive;
+        if by_ledger {
+            announce(archive, "000000010000000000000000", "000000010000000000000000", &[case.id()]).await;
+        } else {
+            case.stores[0].tamper(|objects| drop(objects.remove(&case.lineage().backup_begin(case.id()))));
+        }
+        let (plan, options) = (case.stored_plan(), case.options());
+        let restored = execute(&plan, &case.holders(), &options, watch::channel(RestoreProgress::default()).0).await;
+        match stores {
+            1 => assert!(matches!(restored, Err(RestoreError::Overtaken { .. })), "{restored:?}"),
+            _ => drop(restored.unwrap()),
+        }
+    }
 }

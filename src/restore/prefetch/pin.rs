@@ -25,6 +25,29 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub async fn renew(holders: &[Holder], id: RestoreId) {
     let next = |pin: PinFile| PinFile { expires: Some(Timestamp::now() + LASTS), ..pin };
     say(holders, id, "renew", next).await;
+    join_all(holders.iter().map(|holder| look_for_losses(holder, id))).await;
+}
+
+/// A pin that nobody renewed in time (the machine slept, the store was away) holds nothing until it is renewed. Whoever
+/// expires has announced by then what goes, or sees the renewal. Recovery cannot begin anew by itself: it is said.
+async fn look_for_losses(holder: &Holder, id: RestoreId) {
+    let (repository, archive) = (&holder.repository, &holder.archive);
+    let looked = async {
+        let expired = archive.expired().await?;
+        if expired.is_empty() {
+            return Ok::<_, CatalogError>(None);
+        }
+        let pins = archive.pins().await?;
+        let pin = pins.into_iter().find(|(name, _)| name.id == id.0).map(|(_, pin)| pin);
+        Ok(pin.filter(|pin| expired.backups().contains(&pin.backup)))
+    };
+    if let Ok(Ok(Some(pin))) = tokio::time::timeout(PATIENCE, looked).await {
+        tracing::warn!(
+            repository,
+            "the pin {id} had lapsed, and backup {} with its WAL is deleted there: if this recovery stops for want of WAL, restore anew",
+            pin.backup
+        );
+    }
 }
 
 pub async fn release(holders: &[Holder], id: RestoreId) {
