@@ -105,7 +105,7 @@ impl HeldSegment {
         self.covered = self.covered.max(bytes as u32);
     }
 
-    /// Time of a commit in it; the latest one counts. Commits are not in the order of their times: give the latest that is
+    /// Time of a commit in it; the latest one counts. Without any, no commit is in it: what is not told is taken for old. Commits are not in the order of their times: give the latest that is
     /// known (`max_commit_time`) as well as the last one.
     pub fn saw_commit(&mut self, time: Timestamp) {
         self.latest = self.latest.max(time.as_microsecond());

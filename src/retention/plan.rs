@@ -361,7 +361,9 @@ impl Verdicts<'_, '_> {
         let inventory = self.survey.inventory;
         let (mut all, mut is_new) = (Vec::new(), false);
         let of_announced = inventory.announcements.iter().flat_map(|it| &it.segments).map(|range| range.first.timeline);
-        let timelines: BTreeSet<TimelineId> = inventory.wal.keys().copied().chain(of_announced).collect();
+        let of_indexes = inventory.indexes.iter().map(|it| it.name.first.timeline);
+        let held = inventory.wal.keys().copied().chain(of_indexes);
+        let timelines: BTreeSet<TimelineId> = held.chain(of_announced).collect();
         for timeline in timelines {
             let known = self.announced(timeline);
             let of_timeline: Vec<&WalVerdict> = wal.iter().filter(|it| it.timeline == timeline).collect();

@@ -147,7 +147,7 @@ impl Archive {
         let lost = if is_lossy { rng.u64(from / SEGMENT..timeline.end / SEGMENT + 1) } else { u64::MAX };
         for number in from / SEGMENT..(timeline.end - 1) / SEGMENT + 1 {
             if number != lost {
-                self.archive(active, number, rng.u8(..10) > 0);
+                self.archive(active, number);
             }
         }
         self.renew_pins(*time);
@@ -169,7 +169,7 @@ impl Archive {
         }
     }
 
-    fn archive(&mut self, timeline: u32, number: u64, knows_time: bool) {
+    fn archive(&mut self, timeline: u32, number: u64) {
         let path = self.path(timeline);
         let end = self.timelines[&timeline].end.min((number + 1) * SEGMENT);
         let inside = |lsn: u64| (number * SEGMENT..end).contains(&lsn);
@@ -179,7 +179,7 @@ impl Archive {
             let on_path = commits.filter(|it| from <= it.lsn && it.lsn < to && inside(it.lsn));
             latest = latest.max(on_path.map(|it| it.recorded).max());
         }
-        self.segments.insert((timeline, number), Segment { covered_to: end, latest: latest.filter(|_| knows_time) });
+        self.segments.insert((timeline, number), Segment { covered_to: end, latest });
         if end == (number + 1) * SEGMENT {
             let first = number - number % 4;
             self.indexes.insert((timeline, first, first + 3));
