@@ -190,11 +190,15 @@ impl Job<'_> {
     /// Whether deleting is permitted: found out before anything is announced that would then stay.
     pub(super) async fn probe(&self) -> Result<(), Failure> {
         let backend = &self.archive.backend;
-        let key = layout::probe((self.random)() as u32);
+        // Always the same name: what a crash leaves of it, the next run removes.
+        let key = layout::probe(0);
         let probed = async {
             // What is not there can be deleted by whoever may delete, and leaves nothing where nobody may.
             backend.delete(&key).await?;
-            backend.put_new(&key, &[bytes::Bytes::from_static(b"seawall expire: may be deleted\n")]).await?;
+            match backend.put_new(&key, &[bytes::Bytes::from_static(b"seawall expire: may be deleted\n")]).await {
+                Err(error) if error.is(StoreErrorKind::AlreadyExists) => {}
+                stored => stored?,
+            }
             backend.delete(&key).await
         };
         probed.await.map_err(|error| match error.kind {
@@ -354,3 +358,6 @@ impl Job<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
