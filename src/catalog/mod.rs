@@ -8,6 +8,7 @@
 
 pub mod backup;
 pub mod contents;
+pub mod damage;
 pub mod events;
 pub mod index;
 pub mod lease;
@@ -21,6 +22,7 @@ pub mod union;
 
 pub use backup::{BackupFile, BackupRecord, BeginFile, LeaseFile, PinFile};
 pub use contents::{Catalog, DirectoryContents, Piece, SegmentObject, Source, TailObject, TimelineState};
+pub use damage::{Damage, Damages};
 pub use index::{Crc32, IndexEntry, IndexFile};
 pub use ledger::{Expired, FactKind, LedgerFact, SegmentRange};
 pub use lineage::{LineageFile, RepositoryFile, WriterFile};

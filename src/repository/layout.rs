@@ -1,16 +1,20 @@
 //! Owns: every object name in a repository, written and read (proto-notes/07-repository-format.md); those of backups
-//! and pins in `layout/backups.rs`.
+//! and pins in `layout/backups.rs`; any object by its path below its lineage in `layout/parts.rs`.
 //! Does not own: what the objects contain.
 //! The only place that builds a [`Key`].
 
 mod backups;
+mod parts;
 
 use jiff::Timestamp;
 
 use super::Key;
 use crate::codec::Form;
 use crate::wal::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
-pub use backups::{BackupId, BackupIdError, BackupType, LeaseNumber, PinName, TarStream, VolumeName, parse_volume};
+pub use backups::{
+    BackupId, BackupIdError, BackupType, LeaseNumber, PinName, TarStream, VolumeName, parse_tar_stream, parse_volume,
+};
+pub use parts::Part;
 
 /// The repository's format version; a higher one found in `repository.json` is refused.
 pub const FORMAT_VERSION: u32 = 1;

@@ -236,6 +236,15 @@ impl Lineage {
     }
 }
 
+/// Reads the name of a stream's directory: `base`, or a tablespace's OID.
+pub fn parse_tar_stream(name: &str) -> Option<TarStream> {
+    let stream = match name {
+        "base" => TarStream::Base,
+        oid => TarStream::Tablespace(u32::try_from(decimal(oid)?).ok()?),
+    };
+    canonical(stream, name)
+}
+
 /// Reads `0001.tar.zst[.age]`, a name directly below a stream's directory.
 pub fn parse_volume(stream: TarStream, name: &str) -> Option<(VolumeName, Form)> {
     let (rest, form) = split_form(name)?;
