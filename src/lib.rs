@@ -43,6 +43,7 @@
 //! | [`archiver`] | a segment's life: compress, store, index; tails |
 //! | [`backup`] | a base backup: verified, cut into volumes, stored |
 //! | [`restore`] | what can be restored, restoring it, the `restore_command`, and WAL held ready ahead of it |
+//! | [`verify`] | whether a repository holds what it says, and says what it holds |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
 //! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |
@@ -89,4 +90,5 @@ pub mod secret;
 pub mod spool;
 pub mod telemetry;
 pub mod testkit;
+pub mod verify;
 pub mod wal;

@@ -1,0 +1,1 @@
+//! Every kind of damage, one by one.
