@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::catalog::contents::segment_span;
 use crate::catalog::{Catalog, FactKind, Holdings, LedgerFact, Piece, Source};
 use crate::wal::{History, Lsn, Proof, SegmentSize, TimelineId};
 
@@ -198,7 +199,7 @@ pub fn gaps_of(held: &Holdings) -> Vec<Gap> {
     };
     // What was expired on purpose is neither a gap nor healed.
     let forgotten = |hole: &Hole| subtract(*hole, held.expired(hole.timeline)).is_empty();
-    with_facts(holes, &held.ledger, is_held, forgotten)
+    with_facts(holes, &held.ledger, size, is_held, forgotten)
 }
 
 /// The runs of every timeline, timelines in order.
@@ -302,15 +303,18 @@ fn subtract(hole: Hole, ranges: &[(Lsn, Lsn)]) -> Vec<Hole> {
 fn with_facts(
     holes: Vec<Hole>,
     ledger: &[LedgerFact],
+    size: SegmentSize,
     held: impl Fn(&Hole) -> bool,
     forgotten: impl Fn(&Hole) -> bool,
 ) -> Vec<Gap> {
     let recorded: Vec<(Hole, &LedgerFact)> = facts(ledger, &[FactKind::Gap, FactKind::CorruptAtSource]);
     let healed: Vec<(Hole, &LedgerFact)> = facts(ledger, &[FactKind::GapHealed]);
+    // They say why a hole is one, and no more: what was mended was never missed.
+    let damaged = damaged_segments(ledger, size);
     let mut gaps: Vec<Gap> = Vec::new();
     for hole in &holes {
         let mut gap = Gap::new(*hole);
-        if let Some((_, fact)) = recorded.iter().find(|(known, _)| overlap(known, hole)) {
+        if let Some((_, fact)) = recorded.iter().chain(&damaged).find(|(known, _)| overlap(known, hole)) {
             (gap.detected, gap.cause) = (Some(fact.at), Some(fact.cause.clone()));
         }
         heal(&mut gap, hole, &healed);
@@ -348,6 +352,16 @@ fn facts<'a>(ledger: &'a [LedgerFact], kinds: &[FactKind]) -> Vec<(Hole, &'a Led
         (hole.from < hole.to).then_some((hole, fact))
     };
     ledger.iter().filter(|fact| kinds.contains(&fact.kind)).filter_map(about).collect()
+}
+
+fn damaged_segments(ledger: &[LedgerFact], size: SegmentSize) -> Vec<(Hole, &LedgerFact)> {
+    let segment = |fact: &LedgerFact| {
+        let name = fact.segments.first()?.first;
+        let span = segment_span(name, size)?;
+        Some(Hole { timeline: name.timeline, from: span.start, to: span.end })
+    };
+    let damaged = ledger.iter().filter(|fact| fact.kind == FactKind::Damaged);
+    damaged.filter_map(|fact| Some((segment(fact)?, fact))).collect()
 }
 
 fn overlap(a: &Hole, b: &Hole) -> bool {
@@ -448,7 +462,7 @@ mod tests {
         healed.healed_by = Some("20261122T110000Z-full".into());
         let facts = [gap(0, 16), gap(32, 64), gap(70, 72), gap(100, 120), gap(200, 220), healed];
         let holes = vec![hole(8, 16), hole(32, 64), hole(80, 96)];
-        let gaps = with_facts(holes, &facts, |hole| hole.to.0 == 72, |hole| hole.to.0 == 120);
+        let gaps = with_facts(holes, &facts, SIZE, |hole| hole.to.0 == 72, |hole| hole.to.0 == 120);
         let states: Vec<_> = gaps.iter().map(|gap| (gap.from.0, gap.state, gap.detected.is_some())).collect();
         use GapState::*;
         assert_eq!(

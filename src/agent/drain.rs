@@ -413,7 +413,8 @@ impl<'a> Drain<'a> {
 
     /// What the archive misses of a timeline, below its end.
     async fn holes(&self, timeline: TimelineId) -> Result<Vec<Range<Lsn>>, Failure> {
-        let catalog = self.archive.load_catalog().await?;
+        // What is damaged there has its name already: mending it is not storing it.
+        let catalog = self.archive.load_catalog().await?.as_written();
         let gaps = continuity::gaps(&catalog).into_iter();
         Ok(gaps.filter(|gap| gap.timeline == timeline).map(|gap| gap.from..gap.to).collect())
     }

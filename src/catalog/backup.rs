@@ -204,11 +204,13 @@ pub struct BackupRecord {
     pub begin: Option<BeginFile>,
     pub backup: Option<BackupFile>,
     pub is_dead: bool,
+    /// What of it is damaged here and not mended.
+    pub damaged: Option<String>,
 }
 
 impl BackupRecord {
     /// The backup, if it can be relied on.
     pub fn complete(&self) -> Option<&BackupFile> {
-        self.backup.as_ref().filter(|_| !self.is_dead)
+        self.backup.as_ref().filter(|_| !self.is_dead && self.damaged.is_none())
     }
 }

@@ -6,12 +6,13 @@ use std::ops::Range;
 
 use jiff::Timestamp;
 
+use super::damage::Damages;
 use super::index::IndexEntry;
 use super::ledger::{Expired, LedgerFact};
 use super::lineage::LineageFile;
 use super::tails::{self, TailLink};
 use crate::codec::Form;
-use crate::repository::layout::{IndexName, Lineage, TailName, WalDirectory};
+use crate::repository::layout::{IndexName, Lineage, Part, TailName, WalDirectory, WalObject};
 use crate::wal::{History, Lsn, Proof, SegmentName, SegmentSize, TimelineId};
 
 /// The [start, end) of a segment, or `None` when the name cannot occur with this size (or ends beyond the last LSN).
@@ -53,6 +54,8 @@ pub struct DirectoryContents {
     pub repairs: BTreeMap<SegmentName, Vec<(u32, SegmentObject)>>,
     /// What writers announced that they would store, by raw CRC: their own affair, and nothing that is there.
     pub raw_markers: BTreeMap<SegmentName, Vec<u32>>,
+    /// Objects that are listed, and known not to hold what they promise; they stay in the maps above.
+    pub damaged: BTreeMap<SegmentName, Vec<Part>>,
 }
 
 impl DirectoryContents {
@@ -68,6 +71,7 @@ impl DirectoryContents {
             conflicts: BTreeMap::new(),
             repairs: BTreeMap::new(),
             raw_markers: BTreeMap::new(),
+            damaged: BTreeMap::new(),
         }
     }
 
@@ -101,18 +105,46 @@ impl DirectoryContents {
         self.repairs.retain(|name, _| !expired.contains(*name));
     }
 
+    /// Takes note of objects that are known to be damaged: from now on they count as not there. For readers; a writer
+    /// goes on where it was, and what is damaged behind it is mended.
+    pub fn mark(&mut self, damages: &Damages) {
+        for damage in damages.iter() {
+            if let Some(name) = damage.segment.filter(|name| WalDirectory::of(*name) == self.directory) {
+                self.damaged.entry(name).or_default().push(damage.part());
+            }
+        }
+    }
+
+    fn is_damaged(&self, name: SegmentName, part: Part) -> bool {
+        self.damaged.get(&name).is_some_and(|parts| parts.contains(&part))
+    }
+
     /// The object that an entry describes, by its size.
     pub fn object_of(&self, entry: &IndexEntry) -> Option<SegmentObject> {
-        let mut listed = self.segments.get(&entry.segment)?.iter();
-        listed.find(|object| object.stored_bytes > 0 && object.stored_bytes == entry.stored_bytes).copied()
+        let name = entry.segment;
+        let is_it = |object: &&SegmentObject| {
+            object.stored_bytes > 0
+                && object.stored_bytes == entry.stored_bytes
+                && !self.is_damaged(name, Part::Wal(WalObject::Segment(name, object.form)))
+        };
+        self.segments.get(&name)?.iter().find(is_it).copied()
+    }
+
+    /// The repair that has the content an entry describes.
+    pub fn repair_of(&self, entry: &IndexEntry) -> Option<SegmentObject> {
+        let (name, wanted) = (entry.segment, entry.raw_crc32.0);
+        let is_it = |(raw_crc32, object): &&(u32, SegmentObject)| {
+            *raw_crc32 == wanted
+                && object.stored_bytes > 0
+                && !self.is_damaged(name, Part::Wal(WalObject::Repair(name, wanted, object.form)))
+        };
+        self.repairs.get(&name)?.iter().find(is_it).map(|(_, object)| *object)
     }
 
     /// The entry of a segment whose object is there in the size the entry tells, or repaired.
     pub fn sealed(&self, name: SegmentName) -> Option<&IndexEntry> {
         let entry = self.entries.get(&name)?;
-        let whole = self.object_of(entry).is_some();
-        let repaired = || self.repairs.get(&name).is_some_and(|all| all.contains_repair_of(entry));
-        (whole || repaired()).then_some(entry)
+        (self.object_of(entry).is_some() || self.repair_of(entry).is_some()).then_some(entry)
     }
 
     /// Objects under a segment's name that no entry describes: a crash between the two, or a write in progress.
@@ -130,7 +162,8 @@ impl DirectoryContents {
     /// The tails that count for a segment, in order, and those that do not.
     pub fn tail_chain(&self, name: SegmentName) -> tails::TailChain {
         // A zero-length object is never data: no zstd frame is that short.
-        let listed = self.tails.get(&name).into_iter().flatten().filter(|tail| tail.stored_bytes > 0);
+        let counts = |tail: &&TailObject| tail.stored_bytes > 0 && !self.is_damaged(name, Part::Tail(name, tail.name));
+        let listed = self.tails.get(&name).into_iter().flatten().filter(counts);
         tails::resolve(&listed.map(|tail| tail.name).collect::<Vec<_>>())
     }
 
@@ -148,16 +181,6 @@ impl DirectoryContents {
             }
         }
         pieces
-    }
-}
-
-trait Repairs {
-    fn contains_repair_of(&self, entry: &IndexEntry) -> bool;
-}
-
-impl Repairs for Vec<(u32, SegmentObject)> {
-    fn contains_repair_of(&self, entry: &IndexEntry) -> bool {
-        self.iter().any(|&(raw_crc32, object)| raw_crc32 == entry.raw_crc32.0 && object.stored_bytes > 0)
     }
 }
 
@@ -212,6 +235,12 @@ pub struct Catalog {
 impl Catalog {
     pub fn segment_size(&self) -> SegmentSize {
         self.file.segment_size
+    }
+
+    /// As writers see it: what was stored, whatever was found damaged since.
+    pub fn as_written(mut self) -> Catalog {
+        self.timelines.values_mut().flatten().for_each(|contents| contents.damaged.clear());
+        self
     }
 
     /// Proven bytes of one timeline, in order.

@@ -56,8 +56,8 @@ pub struct Shelved {
 impl Shelf {
     fn outcome(&self, record: &BackupRecord, now: Timestamp) -> Outcome {
         match record {
-            _ if record.complete().is_some() => Outcome::Complete,
-            BackupRecord { backup: None, is_dead: false, begin: Some(begin), .. }
+            _ if record.complete().is_some_and(|file| self.lacks(file).is_none()) => Outcome::Complete,
+            BackupRecord { backup: None, is_dead: false, damaged: None, begin: Some(begin), .. }
                 if !self.failed.contains_key(&record.id) && self.is_under_way(begin, now) =>
             {
                 Outcome::Running
@@ -78,14 +78,40 @@ impl Shelf {
     /// Backups that were begun and neither finished nor taken note of as failed.
     pub fn unfinished(&self) -> impl Iterator<Item = &BackupRecord> {
         let is_open = |record: &&BackupRecord| {
-            record.backup.is_none() && !record.is_dead && !self.failed.contains_key(&record.id)
+            record.backup.is_none()
+                && !record.is_dead
+                && record.damaged.is_none()
+                && !self.failed.contains_key(&record.id)
         };
         self.records.iter().filter(is_open)
     }
 
-    /// Complete ones, oldest first.
+    /// Complete ones, with all that they build on, oldest first.
     pub fn complete(&self) -> impl Iterator<Item = &BackupFile> {
-        self.records.iter().filter_map(BackupRecord::complete)
+        self.records.iter().filter_map(BackupRecord::complete).filter(|file| self.lacks(file).is_none())
+    }
+
+    /// What a backup builds on and cannot be relied on, or is not there.
+    fn lacks(&self, file: &BackupFile) -> Option<BackupId> {
+        let mut file = file;
+        while let Some(parent) = file.parent {
+            let record = self.records.iter().find(|record| record.id == parent);
+            // What is built on is older: a circle is nobody's chain.
+            match record.and_then(BackupRecord::complete).filter(|found| found.start_lsn < file.start_lsn) {
+                Some(found) => file = found,
+                None => return Some(parent),
+            }
+        }
+        None
+    }
+
+    /// Why a backup that has all its objects is not complete.
+    fn why_incomplete(&self, record: &BackupRecord) -> Option<String> {
+        if let Some(damaged) = &record.damaged {
+            return Some(format!("damaged: {damaged}"));
+        }
+        let parent = self.lacks(record.complete()?)?;
+        Some(format!("backup {parent}, which it builds on, cannot be relied on"))
     }
 
     /// An operator's pins on a backup that are in force.
@@ -124,6 +150,7 @@ pub fn union(shelves: &[(&str, &Shelf)], now: Timestamp) -> Vec<Shelved> {
             one.is_pinned |= shelf.pins_on(record.id, now).next().is_some();
             let dead = || record.is_dead.then(|| "abandoned: it is being deleted".to_string());
             let cause = shelf.failed.get(&record.id).map(|fact| fact.cause.clone()).or_else(dead);
+            let cause = cause.or_else(|| shelf.why_incomplete(record));
             one.cause = one.cause.take().or(cause);
         }
     }
@@ -167,7 +194,7 @@ mod tests {
             host: None,
             version: "0".into(),
         };
-        BackupRecord { id: id(), begin: Some(begin), backup: None, is_dead: false }
+        BackupRecord { id: id(), begin: Some(begin), backup: None, is_dead: false, damaged: None }
     }
 
     fn lease(holder: &str, number: u64, at: &str) -> LeaseFile {
@@ -208,6 +235,15 @@ mod tests {
             spoil(&mut spoiled);
             assert_eq!(outcome(&spoiled), Outcome::Failed);
         }
+    }
+
+    #[test]
+    fn a_damaged_one_is_not_complete_here_and_says_why() {
+        let mut shelf = Shelf { records: vec![begun(1)], ..Shelf::default() };
+        shelf.records[0].damaged = Some("backups/x/base/0001.tar.zst: its CRC-32 is wrong".into());
+        let all = union(&[("one", &shelf)], now());
+        assert_eq!((all[0].outcome, shelf.complete().count(), shelf.unfinished().count()), (Outcome::Failed, 0, 0));
+        assert!(all[0].cause.as_ref().unwrap().contains("damaged: backups/x/base/0001.tar.zst"));
     }
 
     #[test]

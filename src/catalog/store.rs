@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::contents::{Catalog, DirectoryContents, SegmentObject, TailObject, TimelineState, segment_span};
+use super::damage::Damages;
 use super::index::{IndexEntry, IndexFile};
 use super::ledger::{Expired, FactKind, LedgerFact};
 use super::lineage::{LineageFile, RepositoryFile, WriterFile};
@@ -590,6 +591,12 @@ impl Archive {
         Ok(Expired::of(&facts))
     }
 
+    /// What was found damaged and is not mended.
+    pub async fn damages(&self) -> Result<Damages, CatalogError> {
+        let kinds = [FactKind::Damaged.word(), FactKind::Mended.word()];
+        Ok(Damages::of(&self.facts(|kind| kinds.contains(&kind)).await?))
+    }
+
     async fn facts(&self, wanted: impl Fn(&str) -> bool) -> Result<Vec<LedgerFact>, CatalogError> {
         let listed = self.backend.list(Some(&self.lineage.ledger())).await?;
         let wanted = |name: &str| layout::ledger_kind(name).is_some_and(&wanted);
@@ -612,17 +619,18 @@ impl Archive {
         put_json_new(self.backend(), &key, fact).await
     }
 
-    /// The whole lineage, without what is expired.
+    /// The whole lineage, without what is expired or damaged.
     pub async fn load_catalog(&self) -> Result<Catalog, CatalogError> {
         let file = self.lineage_file().await?;
         // The ledger first: an expiry is announced before anything vanishes.
         let ledger = self.ledger().await?;
-        let expired = Expired::of(&ledger);
+        let (expired, damages) = (Expired::of(&ledger), Damages::of(&ledger));
         let (histories, directories) = self.wal_listing().await?;
         let mut timelines: BTreeMap<TimelineId, Vec<DirectoryContents>> = BTreeMap::new();
         for directory in directories {
             let mut contents = self.directory(directory, file.segment_size).await?;
             contents.subtract(&expired);
+            contents.mark(&damages);
             timelines.entry(directory.timeline).or_default().push(contents);
         }
         let histories = self.read_histories(histories).await?;

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::Place;
 use crate::agent::cluster::Status;
-use crate::catalog::{CatalogError, Expired, FactKind, Piece};
+use crate::catalog::{CatalogError, Damages, Expired, FactKind, Piece};
 use crate::continuity;
 use crate::error::{Disposition, ExitCode, Failure};
 use crate::wal::{Lsn, SegmentSize, TimelineId};
@@ -123,6 +123,7 @@ async fn held(place: &Place, needed: Needed) -> Result<Held, CatalogError> {
     let (archive, size) = (&place.archive, needed.segment_size);
     let facts = archive.ledger().await?;
     let expired = Expired::of(facts.iter().filter(|fact| fact.kind == FactKind::Expired));
+    let damages = Damages::of(&facts);
     let (_, directories) = archive.wal_listing().await?;
     let high = |lsn: Lsn| u32::try_from(lsn.0 >> 32).unwrap_or(u32::MAX);
     let range = high(needed.start)..=high(needed.stop);
@@ -131,6 +132,7 @@ async fn held(place: &Place, needed: Needed) -> Result<Held, CatalogError> {
         if directory.timeline == needed.timeline && range.contains(&directory.high) {
             let mut contents = archive.directory(directory, size).await?;
             contents.subtract(&expired);
+            contents.mark(&damages);
             pieces.extend(contents.pieces());
         }
     }

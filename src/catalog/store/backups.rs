@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 
 use super::{Archive, CatalogError, FETCHES, LISTINGS_MAX, fetch_json, objects, place, put_json_new};
 use crate::catalog::backup::{BackupFile, BackupRecord, BeginFile, DeadFile, LeaseFile, PinFile};
+use crate::catalog::damage::Damages;
 use crate::catalog::ledger::{BACKUP_ID, FactKind, LedgerFact};
 use crate::catalog::shelf::Shelf;
 use crate::repository::layout::{BackupId, LeaseNumber, PinName};
@@ -28,16 +29,23 @@ impl Archive {
 
     /// What is there of one backup. `dead.json` is looked for last: put before this began, it is seen.
     pub async fn backup_record(&self, id: BackupId) -> Result<BackupRecord, CatalogError> {
-        let begin = self.own::<BeginFile>(id, &self.lineage.backup_begin(id), |file| file.id).await?;
-        let backup = self.own::<BackupFile>(id, &self.lineage.backup_json(id), |file| file.id).await?;
+        self.record_beside(id, &self.damages().await?).await
+    }
+
+    async fn record_beside(&self, id: BackupId, damages: &Damages) -> Result<BackupRecord, CatalogError> {
+        let mut damaged = damages.of_backup(id).map(str::to_string);
+        let begin = self.own::<BeginFile>(id, &self.lineage.backup_begin(id), |file| file.id).await;
+        let begin = readable(begin, &mut damaged)?;
+        let backup = self.own::<BackupFile>(id, &self.lineage.backup_json(id), |file| file.id).await;
+        let backup = readable(backup, &mut damaged)?;
         let is_dead = self.is_dead(id).await?;
-        Ok(BackupRecord { id, begin, backup, is_dead })
+        Ok(BackupRecord { id, begin, backup, is_dead, damaged })
     }
 
     /// Every backup there is anything of, in order.
     pub async fn backup_records(&self) -> Result<Vec<BackupRecord>, CatalogError> {
-        let ids = self.backup_ids().await?;
-        stream::iter(ids).map(|id| self.backup_record(id)).buffered(FETCHES).try_collect().await
+        let (ids, damages) = (self.backup_ids().await?, self.damages().await?);
+        stream::iter(ids).map(|id| self.record_beside(id, &damages)).buffered(FETCHES).try_collect().await
     }
 
     pub async fn is_dead(&self, id: BackupId) -> Result<bool, CatalogError> {
@@ -173,6 +181,17 @@ impl Archive {
     }
 }
 
+/// One damaged object makes one backup unusable, not all of them unreadable.
+fn readable<T>(read: Result<Option<T>, CatalogError>, damaged: &mut Option<String>) -> Result<Option<T>, CatalogError> {
+    match read {
+        Err(error @ (CatalogError::Damaged { .. } | CatalogError::TooLarge { .. })) => {
+            damaged.get_or_insert_with(|| error.to_string());
+            Ok(None)
+        }
+        read => read,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -213,6 +232,29 @@ mod tests {
         let dead = DeadFile { schema: 1, id, at: id.started(), reason: "abandoned".into() };
         assert!(archive.put_dead(&dead).await.unwrap());
         assert!(archive.backup_records().await.unwrap()[0].is_dead);
+    }
+
+    #[tokio::test]
+    async fn one_damaged_object_makes_one_backup_unusable() {
+        let store = MemoryStore::default();
+        let archive = Archive::new(Arc::new(store.clone()), Lineage::new("main", SystemId(7), 1));
+        let (one, other): (BackupId, BackupId) =
+            ("20261122T110000Z-full".parse().unwrap(), "20261122T120000Z-full".parse().unwrap());
+        archive.begin_backup(&begin(one)).await.unwrap();
+        archive.begin_backup(&begin(other)).await.unwrap();
+        let cut_off = bytes::Bytes::from_static(b"{\"schema\": 1, \"id\"");
+        store.tamper(|objects| drop(objects.insert(archive.lineage.backup_json(one), cut_off)));
+        let volume = format!("backups/{other}/base/0001.tar.zst");
+        let damaged = LedgerFact::damaged(&[], one.started(), &volume, "its CRC-32 is wrong");
+        archive.append_ledger(&damaged, 1).await.unwrap();
+        let records = archive.backup_records().await.unwrap();
+        let damaged = |index: usize| records[index].damaged.clone().unwrap();
+        assert!(damaged(0).contains("backup.json is damaged"), "{}", damaged(0));
+        assert_eq!(damaged(1), format!("{volume}: its CRC-32 is wrong"));
+        let ledger = archive.ledger().await.unwrap();
+        let mended = LedgerFact::mended(&ledger, one.started(), &volume, "copied", "abc");
+        archive.append_ledger(&mended, 2).await.unwrap();
+        assert_eq!(archive.backup_record(other).await.unwrap().damaged, None);
     }
 
     #[tokio::test]

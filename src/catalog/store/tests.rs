@@ -246,3 +246,36 @@ async fn the_whole_catalog_shows_its_gaps() {
     let gaps = crate::continuity::gaps(&archive.load_catalog().await.unwrap());
     assert_eq!(gaps.len(), 1, "what was expired on purpose is no gap: {gaps:?}");
 }
+
+#[tokio::test]
+async fn a_damaged_segment_is_a_hole_until_a_repair_or_its_mending_and_writers_go_on() {
+    let (store, archive) = archive();
+    archive.create_lineage(&lineage_file(7)).await.unwrap();
+    (2..=5).for_each(|number| drop(seal(&store, &archive, number)));
+    let gaps = async || {
+        let catalog = archive.load_catalog().await.unwrap();
+        let gaps = crate::continuity::gaps(&catalog).into_iter();
+        gaps.map(|gap| (gap.from.0 / MIB, gap.to.0 / MIB, gap.cause.unwrap())).collect::<Vec<_>>()
+    };
+    let object = archive.lineage.segment(name(3), Form::Plain);
+    let below = archive.lineage.below(&object).unwrap();
+    archive.append_ledger(&LedgerFact::damaged(&[], now(), below, "it does not decode"), 1).await.unwrap();
+    let hole = [(3, 4, "damaged: it does not decode".to_string())];
+    assert_eq!(gaps().await, hole);
+    assert_eq!(archive.frontier(ONE, size()).await.unwrap().run_from, Some(Lsn(2 * MIB)));
+    let as_written = archive.load_catalog().await.unwrap().as_written();
+    assert_eq!(crate::continuity::gaps(&as_written), []);
+    // Of other content than the index has: it is nobody's repair.
+    put(&store, &archive.lineage.repair(name(3), 9, Form::Plain), b"abc");
+    assert_eq!(gaps().await, hole);
+    let repair = archive.lineage.repair(name(3), 1, Form::Plain);
+    put(&store, &repair, b"abcd");
+    assert_eq!(gaps().await, []);
+    let below = archive.lineage.below(&repair).unwrap();
+    let ledger = archive.ledger().await.unwrap();
+    archive.append_ledger(&LedgerFact::damaged(&ledger, now(), below, "that too"), 2).await.unwrap();
+    assert_eq!(gaps().await[0].0, 3);
+    let ledger = archive.ledger().await.unwrap();
+    archive.append_ledger(&LedgerFact::mended(&ledger, now(), below, "copied", "abc"), 3).await.unwrap();
+    assert_eq!(gaps().await, []);
+}

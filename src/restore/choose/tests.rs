@@ -87,8 +87,13 @@ impl Archived {
 
     fn ask_with(&self, wish: Wish, with: impl Fn(Circumstances) -> Circumstances) -> Result<Chosen, Unchosen> {
         let held = self.holdings();
-        let record =
-            |file: &BackupFile| BackupRecord { id: file.id, begin: None, backup: Some(file.clone()), is_dead: false };
+        let record = |file: &BackupFile| BackupRecord {
+            id: file.id,
+            begin: None,
+            backup: Some(file.clone()),
+            is_dead: false,
+            damaged: None,
+        };
         let backups = known_backups(&[("a", &self.backups.iter().map(record).collect::<Vec<_>>())]).unwrap();
         let reach = Reach::new(&held, Vec::new(), &backups);
         let circumstances = with(Circumstances { now: at(1_000_000), backup: None, server: None });

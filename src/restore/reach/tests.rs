@@ -76,7 +76,7 @@ pub fn backup_file(second: i64, timeline: u32, start_lsn: Lsn, stop_lsn: Lsn) ->
 }
 
 fn record(file: BackupFile) -> BackupRecord {
-    BackupRecord { id: file.id, begin: None, backup: Some(file), is_dead: false }
+    BackupRecord { id: file.id, begin: None, backup: Some(file), is_dead: false, damaged: None }
 }
 
 /// (timeline, start, stop) in MiB.
