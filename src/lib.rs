@@ -30,6 +30,7 @@
 //! | [`wal`] | the WAL format, positions, names, and the proof that bytes are valid WAL (pure) |
 //! | [`codec`] | raw WAL to zstd frames and back (pure) |
 //! | [`error`], [`secret`], [`telemetry`] | what an error means to who gets it; what is never printed; the log and the metrics |
+//! | [`schedule`], [`units`] | when something is due (pure); durations and sizes as people write them (pure) |
 //! | | |
 //! | [`replication`] | the replication protocol: start-up, commands, streaming |
 //! | [`repository`] | objects written once, under names that promise their content |
@@ -86,9 +87,11 @@ pub mod receiver;
 pub mod replication;
 pub mod repository;
 pub mod restore;
+pub mod schedule;
 pub mod secret;
 pub mod spool;
 pub mod telemetry;
 pub mod testkit;
 pub mod verify;
+pub mod units;
 pub mod wal;

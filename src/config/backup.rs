@@ -5,10 +5,10 @@ use std::path::Path;
 
 use super::ConfigError;
 use super::section::Section;
-use super::units::{parse_size, show_size};
 use crate::catalog::manifest::ChecksumAlgorithm;
 use crate::postgres::{Conninfo, Environment};
 use crate::replication::base_backup::{Checkpoint, CompressionMethod};
+use crate::units::{parse_size, show_size};
 
 /// What `MAX_RATE` may be, in KiB a second.
 const RATE_KIB: std::ops::RangeInclusive<u64> = 32..=1_048_576;

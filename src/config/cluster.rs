@@ -9,6 +9,7 @@ use super::reference::Group;
 use super::section::Section;
 use super::{
     ClusterConfig, ConfigError, Location, RepositoryConfig, Source, backup, checked, io_error, read_error, repository,
+    times,
 };
 use crate::codec::encrypt::Recipients;
 use crate::postgres::{Conninfo, Environment};
@@ -35,6 +36,7 @@ pub(super) fn check(
     let acknowledge = acknowledge(&section, tree)?;
     let password_file = section.path("password_file")?;
     let repositories = repositories(&section, tree)?;
+    let times::Times { schedule, retention, verify } = times::check(&section)?;
     Ok(ClusterConfig {
         name: name.to_string(),
         postgres: conninfo(&section, password_file.as_deref(), environment)?,
@@ -49,6 +51,9 @@ pub(super) fn check(
         shutdown_grace: section.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::ZERO, "0s to 1h")?,
         memory_bytes: section.size("memory", MEMORY_BYTES, MEMORY_BYTES_MIN, "at least 8MiB")?,
         backup: backup::check(&section, password_file.as_deref(), environment)?,
+        schedule,
+        retention,
+        verify,
         password_file,
     })
 }

@@ -4,9 +4,9 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use super::units::{DURATION_EXAMPLE, SIZE_EXAMPLE};
 use crate::error::{Advice, Disposition, ExitCode};
 use crate::postgres::ConninfoError;
+use crate::units::{DURATION_EXAMPLE, SIZE_EXAMPLE};
 
 /// Where a value was given. Later ones win: file < environment < flag.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,6 +62,10 @@ pub enum ConfigError {
     #[error("{what} needs {needed} ({source_place})")]
     Needs { source_place: Source, what: String, needed: String },
 
+    /// `what` begins with the key.
+    #[error("{what} ({source_place})")]
+    Contradiction { source_place: Source, what: String, hint: String },
+
     #[error("repositories {first} and {second} are the same place ({source_place})")]
     SamePlace { source_place: Source, first: String, second: String },
 
@@ -112,6 +116,7 @@ impl Advice for ConfigError {
             ConfigError::Invalid { .. } => return None,
             ConfigError::Missing { key, example } => format!("add it, for example: {key} = {example}"),
             ConfigError::Conflict { .. } => "keep one of the two".to_string(),
+            ConfigError::Contradiction { hint, .. } => hint.clone(),
             ConfigError::Needs { needed, .. } => format!("add {needed}, or remove what needs it"),
             ConfigError::SamePlace { .. } => "one copy would count as two: name it once".to_string(),
             ConfigError::Postgres { source, .. } => return source.hint(),

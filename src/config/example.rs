@@ -1,13 +1,20 @@
 //! Owns: a checked configuration written as a file again, for `seawall init` to print.
 //! Does not own: what the keys mean (`reference.rs`).
 
+use jiff::tz::TimeZone;
+
 use super::backup::{BackupConfig, CHECKSUMS, COMPRESSIONS};
-use super::units::{show_duration, show_size};
-use super::{ClusterConfig, Config, HttpConfig, Location, RepositoryConfig, SpoolConfig};
+use super::{
+    ClusterConfig, Config, HttpConfig, Location, RepositoryConfig, RetentionConfig, ScheduleConfig, SpoolConfig,
+    VerifyConfig,
+};
 use crate::postgres::Conninfo;
 use crate::receiver::Acknowledge;
 use crate::replication::base_backup::Checkpoint;
 use crate::repository::s3::{Checksum, S3Options, ServerSideEncryption};
+use crate::retention::policy::Gfs;
+use crate::schedule::Line;
+use crate::units::{show_duration, show_size};
 
 impl Config {
     /// A configuration file that says the same. A password is not repeated.
@@ -42,6 +49,10 @@ impl Lines {
         if let Some(text) = text {
             self.text(key, text);
         }
+    }
+
+    fn unless_empty(self) -> String {
+        if self.0.len() == 1 { String::new() } else { self.finish() }
     }
 
     fn finish(self) -> String {
@@ -79,14 +90,24 @@ fn cluster(cluster: &ClusterConfig) -> String {
     lines.text("tail_interval", show_duration(cluster.tail_interval));
     lines.text("shutdown_grace", show_duration(cluster.shutdown_grace));
     lines.text("memory", show_size(cluster.memory_bytes));
-    lines.finish() + &backup(&cluster.name, &cluster.backup)
+    lines.finish()
+        + &backup(&cluster.name, &cluster.backup, &cluster.schedule)
+        + &retention(&cluster.name, &cluster.retention)
+        + &verify(&cluster.name, &cluster.verify)
 }
 
 /// Only what is not said by default.
-fn backup(cluster: &str, backup: &BackupConfig) -> String {
+fn backup(cluster: &str, backup: &BackupConfig, schedule: &ScheduleConfig) -> String {
     let mut lines = Lines::of(&format!("clusters.{cluster}.backup"));
     if !backup.automatic {
         lines.value("automatic", false);
+    }
+    if schedule.timezone != TimeZone::UTC {
+        lines.given("timezone", schedule.timezone.iana_name());
+    }
+    lines.given("full", schedule.full.as_ref().map(Line::to_string));
+    if !schedule.jitter.is_zero() {
+        lines.text("jitter", show_duration(schedule.jitter));
     }
     if let Some(kib) = backup.max_rate_kib {
         lines.text("max_rate", show_size(u64::from(kib) << 10));
@@ -98,7 +119,43 @@ fn backup(cluster: &str, backup: &BackupConfig) -> String {
     lines.given("from", backup.from.as_ref().map(Conninfo::to_keywords));
     lines.given("compression", word_of(&COMPRESSIONS, backup.compression));
     lines.given("manifest_checksums", word_of(&CHECKSUMS, backup.checksums));
-    if lines.0.len() == 1 { String::new() } else { lines.finish() }
+    lines.unless_empty()
+}
+
+fn retention(cluster: &str, retention: &RetentionConfig) -> String {
+    let mut lines = Lines::of(&format!("clusters.{cluster}.retention"));
+    if !retention.automatic {
+        lines.value("automatic", false);
+    }
+    let Some(policy) = &retention.policy else { return lines.unless_empty() };
+    lines.given("window", policy.window.map(show_duration));
+    if let Some(count) = policy.count {
+        lines.value("count", count);
+    }
+    let Gfs { daily, weekly, monthly, yearly } = policy.gfs;
+    let gfs = [("daily", daily), ("weekly", weekly), ("monthly", monthly), ("yearly", yearly)];
+    let gfs: Vec<String> =
+        gfs.into_iter().filter(|(_, kept)| *kept > 0).map(|(key, kept)| format!("{key} = {kept}")).collect();
+    if !gfs.is_empty() {
+        lines.value("gfs", format_args!("{{ {} }}", gfs.join(", ")));
+    }
+    lines.given("full", policy.ages.full.map(show_duration));
+    lines.given("differential", policy.ages.differential.map(show_duration));
+    lines.given("incremental", policy.ages.incremental.map(show_duration));
+    lines.given("wal", policy.wal.map(show_duration));
+    lines.unless_empty()
+}
+
+fn verify(cluster: &str, verify: &VerifyConfig) -> String {
+    let mut lines = Lines::of(&format!("clusters.{cluster}.verify"));
+    for (key, line) in [("quick", &verify.quick), ("sample", &verify.sample), ("full", &verify.full)] {
+        lines.given(key, line.as_ref().map(Line::to_string));
+    }
+    if verify.sample_percent != VerifyConfig::default().sample_percent {
+        lines.value("sample_percent", verify.sample_percent);
+    }
+    lines.given("max_rate", verify.max_rate.map(show_size));
+    lines.unless_empty()
 }
 
 /// `None`: it is the default.

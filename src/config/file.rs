@@ -53,7 +53,7 @@ pub(super) struct Typed {
 pub(super) type Table = BTreeMap<&'static str, Typed>;
 
 /// All tables, by group and name; the name is empty where a group is one table. An entry of a table within a table has
-/// a key of two words: `storage_class.wal`.
+/// a key of several words: `storage_class.wal`, `retention.gfs.daily`.
 #[derive(Clone, Default)]
 pub(super) struct Tree(BTreeMap<Group, BTreeMap<String, Table>>);
 
@@ -128,24 +128,32 @@ impl Tree {
 
     fn add_table(&mut self, group: Group, name: &str, table: &DeTable<'_>, file: &File) -> Result<(), ConfigError> {
         self.declare(group, name);
+        self.add_entries(group, name, "", table, file)
+    }
+
+    /// Of a table, or of one within it, whose path `prefix` is, with a dot at its end.
+    fn add_entries(
+        &mut self,
+        group: Group,
+        name: &str,
+        prefix: &str,
+        table: &DeTable<'_>,
+        file: &File,
+    ) -> Result<(), ConfigError> {
         for (key, value) in table {
             let source = file.place(key.span().start);
-            let key = key.get_ref();
-            if !group.has_subtable(key) {
-                let key = known_key(group, name, key, &source)?;
+            let key = format!("{prefix}{}", key.get_ref());
+            if !group.has_subtable(&key) {
+                let key = known_key(group, name, &key, &source)?;
                 self.set(group, name, key, Typed { value: typed(value.get_ref()), source });
                 continue;
             }
             let Some(entries) = value.get_ref().as_table() else {
-                let expected = format!("a table, such as {{ {} }}", group.subtable_example(key));
-                let key = group.path(name, key);
+                let expected = format!("a table, such as {{ {} }}", group.subtable_example(&key));
+                let key = group.path(name, &key);
                 return Err(ConfigError::Invalid { source_place: source, key, value: None, expected });
             };
-            for (entry, value) in entries {
-                let source = file.place(entry.span().start);
-                let key = known_key(group, name, &format!("{key}.{}", entry.get_ref()), &source)?;
-                self.set(group, name, key, Typed { value: typed(value.get_ref()), source });
-            }
+            self.add_entries(group, name, &format!("{key}."), entries, file)?;
         }
         Ok(())
     }
@@ -228,7 +236,11 @@ fn variable_path(variable: &str, source: &Source) -> Result<(Group, String, Stri
     for table in group.subtables().chain(group.later().iter().copied()) {
         if let Some((name, key)) = rest.split_once(&format!("__{table}__")) {
             // One of a later version is refused whatever is in it.
-            let key = if group.later().contains(&table) { table.to_string() } else { format!("{table}.{key}") };
+            let key = if group.later().contains(&table) {
+                table.to_string()
+            } else {
+                format!("{table}.{}", key.replace("__", "."))
+            };
             return Ok((group, name.to_string(), key));
         }
     }

@@ -1,8 +1,9 @@
 //! The configuration: what was typed (`file`), checked and resolved.
 //!
 //! Owns: where the configuration is found, layers (file < environment < flags), the meaning and limits of every key
-//! (documented in `reference`), units (`units`).
-//! Does not own: connection strings (`postgres`), command-line parsing (`cli`).
+//! (documented in `reference`), when things are due in
+//! it (`times.rs`).
+//! Does not own: units (`units`), connection strings (`postgres`), command-line parsing (`cli`).
 //!
 //! Nothing is accepted that would not take effect: an unknown key, or one of a later version, is an error that names
 //! its file and line.
@@ -15,7 +16,7 @@ mod file;
 mod reference;
 mod repository;
 mod section;
-mod units;
+mod times;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -24,13 +25,15 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use crate::units::{parse_duration, parse_size};
 pub use backup::{BackupConfig, label_fault};
 pub use error::{ConfigError, Source};
 use file::{Table, Tree, Typed, Value};
 use reference::Group;
 pub use reference::{KeyDoc, reference};
 use section::Section;
-pub use units::{parse_duration, parse_size};
+use times::Times;
+pub use times::{RetentionConfig, ScheduleConfig, VerifyConfig};
 
 use crate::codec::encrypt::Recipients;
 use crate::postgres::{Conninfo, Environment, FileContent};
@@ -140,6 +143,9 @@ pub struct ClusterConfig {
     pub shutdown_grace: Duration,
     pub memory_bytes: u64,
     pub backup: BackupConfig,
+    pub schedule: ScheduleConfig,
+    pub retention: RetentionConfig,
+    pub verify: VerifyConfig,
     /// Already part of `postgres`; here for showing.
     pub password_file: Option<PathBuf>,
 }
@@ -157,12 +163,16 @@ pub enum Location {
     S3(S3Options),
 }
 
-/// Where one cluster's archive is: all that is needed to read it, without its server.
+/// Where one cluster's archive is and how long it is kept: all that is needed to work on it, without its server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ArchiveConfig {
     pub cluster: String,
     pub repositories: Vec<RepositoryConfig>,
     pub identity_file: Option<PathBuf>,
+    /// Its `timezone` is what a day is to retention too.
+    pub schedule: ScheduleConfig,
+    pub retention: RetentionConfig,
+    pub verify: VerifyConfig,
 }
 
 impl ArchiveConfig {
@@ -207,10 +217,14 @@ impl Config {
         let (tree, _) = Config::layers(sources, true)?;
         let archive = |(name, table): (&String, &Table)| {
             let section = Section { group: Group::Clusters, name, table };
+            let Times { schedule, retention, verify } = times::check(&section)?;
             Ok(ArchiveConfig {
                 cluster: name.clone(),
                 repositories: cluster::repositories(&section, &tree)?,
                 identity_file: section.path("identity_file")?,
+                schedule,
+                retention,
+                verify,
             })
         };
         tree.tables(Group::Clusters).map(archive).collect()

@@ -65,16 +65,18 @@ impl Group {
     }
 
     pub fn has_subtable(self, key: &str) -> bool {
-        self.subtables().any(|table| table == key)
+        self.below(key).next().is_some()
     }
 
     /// What such a table holds, in its own line.
     pub fn subtable_example(self, table: &str) -> String {
-        let entry = |(key, doc): (&'static str, &KeyDoc)| {
-            let (head, entry) = key.split_once('.')?;
-            (head == table).then(|| format!("{entry} = {}", doc.example))
-        };
-        self.keys().filter_map(entry).collect::<Vec<_>>().join(", ")
+        let entry = |(entry, doc): (&str, &KeyDoc)| format!("{entry} = {}", doc.example);
+        self.below(table).map(entry).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The keys in a table within the table, without its name.
+    fn below(self, table: &str) -> impl Iterator<Item = (&'static str, &'static KeyDoc)> {
+        self.keys().filter_map(move |(key, doc)| Some((key.strip_prefix(table)?.strip_prefix('.')?, doc)))
     }
 
     pub fn find(self, key: &str) -> Option<(&'static str, &'static KeyDoc)> {
@@ -88,17 +90,7 @@ impl Group {
     /// Keys of the design that this version does not have yet: refused by name, not as typing mistakes.
     pub fn later(self) -> &'static [&'static str] {
         match self {
-            Group::Clusters => &[
-                "protect",
-                "slot_limit",
-                "backup.timezone",
-                "backup.full",
-                "backup.differential",
-                "backup.incremental",
-                "backup.jitter",
-                "retention",
-                "verify",
-            ],
+            Group::Clusters => &["protect", "slot_limit", "backup.differential", "backup.incremental", "verify.drill"],
             Group::Repositories | Group::Spool | Group::Http => &[],
         }
     }
@@ -228,9 +220,32 @@ const REFERENCE: &[KeyDoc] = &[
         key: "clusters.NAME.backup.automatic",
         kind: "true or false",
         default: Some("true"),
-        effect: "Whether the agent takes base backups by itself: the first one as soon as the stream runs, and one \
-                 whenever the archive has a gap behind the last one.",
+        effect: "Whether the agent takes base backups by itself: the first one as soon as the stream runs, one \
+                 whenever the archive has a gap behind the last one, and those of the schedule below.",
         example: "true",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.full",
+        kind: "cron line, \"every DURATION\" or \"after SIZE\"",
+        default: Some("none: no schedule"),
+        effect: "When full backups are taken: five cron fields (minute, hour, day, month, weekday), an interval from \
+                 1min on, or an amount of WAL from 1MiB on. What was missed is caught up on once.",
+        example: "\"0 2 * * 0\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.timezone",
+        kind: "name of a time zone",
+        default: Some("\"UTC\""),
+        effect: "What cron lines mean by an hour, and retention by a day.",
+        example: "\"Europe/Berlin\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.backup.jitter",
+        kind: "duration, 0s to 1d",
+        default: Some("\"0s\""),
+        effect: "How much later than its time a scheduled backup may begin, different for each cluster, so that many \
+                 of one schedule do not begin together.",
+        example: "\"10min\"",
     },
     KeyDoc {
         key: "clusters.NAME.backup.max_rate",
@@ -275,6 +290,120 @@ const REFERENCE: &[KeyDoc] = &[
         default: Some("\"crc32c\""),
         effect: "Of every file, in the backup's manifest; calculated by the server, which SHA costs far more.",
         example: "\"sha256\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.automatic",
+        kind: "true or false",
+        default: Some("true"),
+        effect: "Whether the agent removes what no rule below keeps any more, after each good backup. Without any rule \
+                 nothing is ever removed.",
+        example: "true",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.window",
+        kind: "duration, longer than 0s",
+        default: Some("none"),
+        effect: "Every instant of this long ago until now stays restorable.",
+        example: "\"14d\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.count",
+        kind: "number, 1 or more",
+        default: Some("none"),
+        effect: "How many of the newest full backups are kept.",
+        example: "4",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.gfs.daily",
+        kind: "number, 1 or more",
+        default: Some("none"),
+        effect: "Keeps the newest backup of each of so many days that have one.",
+        example: "7",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.gfs.weekly",
+        kind: "number, 1 or more",
+        default: Some("none"),
+        effect: "The same of weeks, which begin on Monday.",
+        example: "4",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.gfs.monthly",
+        kind: "number, 1 or more",
+        default: Some("none"),
+        effect: "The same of months.",
+        example: "12",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.gfs.yearly",
+        kind: "number, 1 or more",
+        default: Some("none"),
+        effect: "The same of years.",
+        example: "3",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.full",
+        kind: "duration, longer than 0s",
+        default: Some("none"),
+        effect: "Every full backup younger than this is kept.",
+        example: "\"30d\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.differential",
+        kind: "duration, longer than 0s",
+        default: Some("none"),
+        effect: "Every differential backup younger than this is kept, with what it builds on.",
+        example: "\"14d\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.incremental",
+        kind: "duration, longer than 0s",
+        default: Some("none"),
+        effect: "Every incremental backup younger than this is kept, with what it builds on.",
+        example: "\"7d\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.retention.wal",
+        kind: "duration, longer than 0s",
+        default: Some("none: all WAL from the oldest kept backup on"),
+        effect: "Backups older than this keep only the WAL they need themselves: they restore to their own end. Not \
+                 shorter than the window.",
+        example: "\"14d\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.verify.quick",
+        kind: "cron line or \"every DURATION\"",
+        default: Some("none: not by itself"),
+        effect: "When the agent holds what the archive lists against what is there, both ways.",
+        example: "\"every 1d\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.verify.sample",
+        kind: "cron line or \"every DURATION\"",
+        default: Some("none: not by itself"),
+        effect: "When it reads a part of all objects back and verifies them.",
+        example: "\"0 4 * * 1-5\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.verify.full",
+        kind: "cron line or \"every DURATION\"",
+        default: Some("none: not by itself"),
+        effect: "When it reads every object back and follows every chain of records.",
+        example: "\"0 4 * * 6\"",
+    },
+    KeyDoc {
+        key: "clusters.NAME.verify.sample_percent",
+        kind: "number, 1 to 100",
+        default: Some("5"),
+        effect: "How much of it a sample reads.",
+        example: "5",
+    },
+    KeyDoc {
+        key: "clusters.NAME.verify.max_rate",
+        kind: "size, at least 32KiB, each second",
+        default: Some("none: as fast as it goes"),
+        effect: "How much verifying may read in a second, to leave store and network to others.",
+        example: "\"50MiB\"",
     },
     KeyDoc {
         key: "repositories.NAME.url",

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::error::{self, ConfigError, Source};
 use super::file::{Table, Value};
 use super::reference::Group;
-use super::units::{parse_duration, parse_size};
+use crate::units::{parse_duration, parse_size};
 
 /// The longest duration a key takes.
 const HOUR: Duration = Duration::from_secs(3600);
@@ -67,6 +67,25 @@ impl Section<'_> {
                 Err(_) => Err(self.invalid(key, Some(text), "true or false")),
             },
             Some((other, _)) => Err(self.wrong_type(key, "true or false", other)),
+        }
+    }
+
+    /// A whole number; a variable says it in digits.
+    pub fn number(
+        &self,
+        key: &str,
+        range: std::ops::RangeInclusive<u64>,
+        expected: &str,
+    ) -> Result<Option<u64>, ConfigError> {
+        let (number, shown) = match self.table.get(key).map(|typed| (&typed.value, &typed.source)) {
+            None => return Ok(None),
+            Some((Value::Integer(integer), _)) => (u64::try_from(*integer).ok(), Some(integer.to_string())),
+            Some((Value::Text(text), Source::Variable(_))) => (text.parse().ok(), Some(text.clone())),
+            Some((other, _)) => return Err(self.wrong_type(key, expected, other)),
+        };
+        match number.filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.invalid(key, shown.as_deref(), expected)),
         }
     }
 

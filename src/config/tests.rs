@@ -4,6 +4,10 @@ use crate::error::{Advice, ExitCode, Failure};
 use crate::postgres::{MemoryEnvironment, Purpose};
 use crate::replication::base_backup::{Checkpoint, CompressionMethod};
 use crate::repository::s3::{Checksum, ServerSideEncryption, StorageClasses};
+use crate::retention::policy::Gfs;
+use crate::schedule::Line;
+
+const DAY: Duration = Duration::from_secs(86_400);
 
 const SIMPLE: &str = r#"
 [clusters.main]
@@ -79,6 +83,131 @@ fn backups_are_taken_by_default_and_as_told() {
     }
 }
 
+const SCHEDULED: &str = r#"
+[clusters.main.backup]
+full = " 0  2 * * 0"
+timezone = "Europe/Berlin"
+jitter = "15min"
+[clusters.main.retention]
+window = "14d"
+gfs = { daily = 7, yearly = 3 }
+full = "30d"
+[clusters.main.verify]
+quick = "every 1d"
+full = "0 4 * * 6"
+sample_percent = 10
+max_rate = "50MiB"
+"#;
+
+#[test]
+fn schedule_retention_and_verifying_are_known_with_and_without_the_server() {
+    let text = with(SCHEDULED);
+    let cluster = only(&text);
+    let schedule = &cluster.schedule;
+    assert_eq!(schedule.full.as_ref().map(Line::to_string).as_deref(), Some("0 2 * * 0"));
+    assert_eq!((schedule.timezone.iana_name(), schedule.jitter), (Some("Europe/Berlin"), Duration::from_secs(900)));
+    let policy = cluster.retention.policy.as_ref().unwrap();
+    assert_eq!((policy.window, policy.ages.full), (Some(14 * DAY), Some(30 * DAY)));
+    assert_eq!((policy.count, policy.wal, &policy.time_zone), (None, None, &schedule.timezone));
+    assert_eq!(policy.gfs, Gfs { daily: 7, weekly: 0, monthly: 0, yearly: 3 });
+    let VerifyConfig { quick, sample, full, sample_percent, max_rate } = &cluster.verify;
+    assert_eq!((quick, sample), (&Some(Line::Every(DAY)), &None));
+    assert_eq!((full.is_some(), *sample_percent, *max_rate), (true, 10, Some(50 << 20)));
+
+    let (environment, flags) = (environment(&text), Flags::default());
+    let archives = Config::load_archives(Sources { path: None, environment: &environment, flags: &flags }).unwrap();
+    let archive = &archives[0];
+    assert_eq!(
+        (&archive.schedule, &archive.retention, &archive.verify),
+        (schedule, &cluster.retention, &cluster.verify)
+    );
+    let again = only(&load(&environment, flags).unwrap().config.to_example_toml());
+    assert_eq!(format!("{again:?}"), format!("{cluster:?}"));
+
+    let plain = only(SIMPLE);
+    assert_eq!(plain.schedule, ScheduleConfig::default());
+    assert_eq!(plain.retention, RetentionConfig { automatic: true, policy: None });
+    assert_eq!(plain.verify, VerifyConfig::default());
+}
+
+#[test]
+fn times_that_mean_nothing_are_refused() {
+    for (lines, expected) in [
+        (
+            "backup.full = \"0 2 30 2 *\"",
+            "clusters.main.backup.full \"0 2 30 2 *\" in seawall.toml:5: expected a cron line that",
+        ),
+        (
+            "backup.full = \"0 0 2 * * 0\"",
+            "five fields (minute, hour, day, month, weekday), such as \"0 2 * * 0\": there are 6",
+        ),
+        ("backup.full = \"0 24 * * *\"", "expected a cron line of five fields"),
+        ("backup.full = \"every 2s\"", "a duration from 1min to 366d"),
+        ("backup.full = \"after 50\"", "a size from 1MiB"),
+        ("backup.full = \"daily\"", "a schedule such as"),
+        ("backup.full = 5", "not a number"),
+        ("backup.timezone = \"Berlin\"", "the name of a time zone"),
+        ("backup.jitter = \"2d\"", "0s to 1d"),
+        ("retention.window = \"0s\"", "longer than 0s"),
+        ("retention.full = \"0d\"", "longer than 0s"),
+        ("retention.window = \"2 weeks\"", "such as \"500ms\""),
+        (
+            "retention.count = 0",
+            "invalid clusters.main.retention.count \"0\" in seawall.toml:5: expected a number from 1",
+        ),
+        ("retention.count = -1", "a number from 1 to 100000"),
+        ("retention.count = \"3\"", "not text"),
+        ("retention.gfs = { daily = 0 }", "invalid clusters.main.retention.gfs.daily \"0\""),
+        ("retention.gfs = 7", "a table, such as { daily = 7, weekly = 4, monthly = 12, yearly = 3 }"),
+        ("retention.gfs = { hourly = 7 }", "unknown key clusters.main.retention.gfs.hourly"),
+        ("retention.widow = \"1d\"", "did you mean retention.window?"),
+        ("verify.full = \"after 1GiB\"", "or an interval"),
+        ("verify.sample_percent = 0", "a number from 1 to 100"),
+        ("verify.max_rate = \"1KiB\"", "at least 32KiB"),
+        ("verify.drill = \"0 4 * * 6\"", "clusters.main.verify.drill is not available in this version"),
+    ] {
+        let error = refused(&with(lines));
+        assert!(error.to_string().contains(expected), "{lines}: {error}");
+        assert_eq!(error.exit_code(), ExitCode::Config);
+    }
+    assert!(!refused(&with("backup.full = \"host=x password=canary\"")).to_string().contains("canary"));
+}
+
+#[test]
+fn what_contradicts_itself_is_refused_with_what_to_do() {
+    for (lines, what, hint) in [
+        (
+            "retention.window = \"6d\"\nbackup.full = \"0 2 * * 0\"",
+            "clusters.main.retention.window = 6d is shorter than the 7d between two backups of \
+             clusters.main.backup.full (seawall.toml:5)",
+            "make it at least 7d, or back up more often",
+        ),
+        ("retention.full = \"5h\"\nbackup.full = \"every 6h\"", "full = 5h is shorter than the 6h", "at least 6h"),
+        (
+            "retention = { window = \"14d\", wal = \"7d\" }",
+            "wal = 7d is shorter than the window of 14d",
+            "at least 14d",
+        ),
+        ("backup = { full = \"every 1h\", jitter = \"1h\" }", "jitter = 1h is as long as the 1h", "a few minutes"),
+    ] {
+        let error = refused(&with(lines));
+        assert!(error.to_string().contains(what), "{lines}: {error}");
+        assert!(error.hint().unwrap().contains(hint), "{error:?}");
+        assert_eq!(error.exit_code(), ExitCode::Config);
+        let flags = Flags::default();
+        let environment = environment(&with(lines));
+        assert!(Config::load_archives(Sources { path: None, environment: &environment, flags: &flags }).is_err());
+    }
+    for lines in [
+        "retention.window = \"7d\"\nbackup.full = \"0 2 * * 0\"",
+        "retention.window = \"6d\"\nbackup = { full = \"0 2 * * 0\", automatic = false }",
+        "retention.window = \"1min\"\nbackup.full = \"after 50GiB\"",
+        "retention.wal = \"7d\"",
+    ] {
+        only(&with(lines));
+    }
+}
+
 #[test]
 fn unknown_keys_name_file_line_and_neighbour() {
     for (text, expected) in [
@@ -89,8 +218,8 @@ fn unknown_keys_name_file_line_and_neighbour() {
         (with("[clusters.main.bakcup]"), "unknown key clusters.main.bakcup in seawall.toml:5"),
         (with("protect = \"primary\""), "clusters.main.protect is not available in this version (seawall.toml:5)"),
         (
-            with("[clusters.main.backup]\nfull = \"0 2 * * 0\""),
-            "clusters.main.backup.full is not available in this version (seawall.toml:6)",
+            with("[clusters.main.backup]\nincremental = \"every 6h\""),
+            "clusters.main.backup.incremental is not available in this version (seawall.toml:6)",
         ),
         (
             with("backup.lable = \"x\""),
@@ -413,7 +542,12 @@ fn every_key_can_be_a_variable() {
         ("SEAWALL__CLUSTER__MAIN__SLOT", "did you mean SEAWALL__CLUSTERS__…?"),
         ("SEAWALL__CLUSTERS__SLOT", "did you mean SEAWALL__CLUSTERS__NAME__KEY?"),
         ("SEAWALL__ALERTS__WEBHOOK", "not available in this version"),
-        ("SEAWALL__CLUSTERS__MAIN__BACKUP__FULL", "clusters.main.backup.full is not available in this version"),
+        (
+            "SEAWALL__CLUSTERS__MAIN__BACKUP__DIFFERENTIAL",
+            "clusters.main.backup.differential is not available in this version",
+        ),
+        ("SEAWALL__CLUSTERS__MAIN__RETENTION__GFS__DALY", "did you mean retention.gfs.daily?"),
+
         ("SEAWALL__HTTP", "did you mean SEAWALL__HTTP__KEY?"),
         ("SEAWALL__HTTP__LISEN", "did you mean listen?"),
         ("SEAWALL__REPOSITORIES__LOCAL__STORAGE_CLASS__WLA", "did you mean storage_class.wal?"),

@@ -56,7 +56,10 @@ const PURE: &[&str] = &[
     "src/verify/record.rs",
     "src/verify/report.rs",
     "src/error.rs",
+    "src/schedule.rs",
+    "src/schedule/",
     "src/secret.rs",
+    "src/units.rs",
 ];
 const IMPURE: &[&str] =
     &["tokio", "std::fs", "std::net", "SystemTime::now", "Instant::now", "async fn", "async move", "fastrand"];
@@ -88,12 +91,13 @@ const ADDRESSES: &[(&str, &[&str])] = &[
     ("metrics_exporter_prometheus", &["src/monitor/"]),
     ("x509_parser", &["src/replication/"]),
     ("rustls_native_certs", &["src/replication/"]),
+    ("croner", &["src/schedule/line.rs"]),
     ("close_fds", &["src/cli/wal_get/helper.rs"]),
 ];
 
 /// The folders and files directly below src/, lowest first: a module imports from its own level or below.
 const LEVELS: &[&[&str]] = &[
-    &["wal", "codec", "error", "secret", "telemetry"],
+    &["wal", "codec", "error", "schedule", "secret", "telemetry", "units"],
     &["replication", "repository", "spool"],
     &["catalog", "continuity", "postgres"],
     &["receiver", "archiver", "backup", "restore", "verify"],

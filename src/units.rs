@@ -1,5 +1,5 @@
 //! Owns: durations and sizes as people write them.
-//! Does not own: which limits a key has (`reference`).
+//! Does not own: which limits a key has (`config`). Pure.
 
 use std::time::Duration;
 
