@@ -45,6 +45,7 @@
 //! | [`backup`] | a base backup: verified, cut into volumes, stored |
 //! | [`restore`] | what can be restored, restoring it, the `restore_command`, and WAL held ready ahead of it |
 //! | [`verify`] | whether a repository holds what it says, and says what it holds |
+//! | [`retention`] | what stays, what goes, and why |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
 //! | [`monitor`] | what others may know of a running agent: metrics, health, status, HTTP |
@@ -88,6 +89,7 @@ pub mod replication;
 pub mod repository;
 pub mod restore;
 pub mod schedule;
+pub mod retention;
 pub mod secret;
 pub mod spool;
 pub mod telemetry;
