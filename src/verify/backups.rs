@@ -117,11 +117,12 @@ impl Asker {
             };
             shelf.faults.push(fault.of_backup(id));
         }
-        if !coverage.holds(file.timeline, file.start_lsn, file.stop_lsn) {
+        let needed = Span::new(file.timeline, file.start_lsn, file.stop_lsn);
+        if coverage.lacks_silently(&needed) {
             let (start, stop, timeline) = (file.start_lsn, file.stop_lsn, file.timeline);
             let what = format!("WAL {start} to {stop} of timeline {timeline}, which makes it consistent, is not here whole");
             let fault = Fault::new(self.below(&json), FaultKind::Missing, what).of_backup(id).indirect();
-            shelf.faults.push(fault.of_wal(Span::new(timeline, start, stop)));
+            shelf.faults.push(fault.of_wal(needed));
         }
         shelf.complete.push(file);
         Ok(())
@@ -320,7 +321,8 @@ impl Run<'_> {
                 }
             }
         }
-        self.counts.volumes_read += chosen.len() as u64;
+        let volumes = chosen.iter().filter(|(object, _)| object.coding == Coding::Frames);
+        self.counts.volumes_read += volumes.count() as u64;
         // A volume that cannot be read holds what nobody has met: that is told already.
         if let Some(missing) = accounts.filter(|_| is_whole && is_examined).and_then(|accounts| accounts.missing())
             && self.is_still_there(file.id).await?

@@ -11,7 +11,7 @@ use crate::catalog::{DirectoryContents, Holdings, IndexEntry, Piece, SegmentObje
 use crate::codec::Form;
 use crate::continuity::{self, GapState};
 use crate::repository::layout::{Lineage, WalObject, segment_at};
-use crate::wal::{Lsn, Proof, SegmentName, TimelineId};
+use crate::wal::{Proof, SegmentName, TimelineId};
 
 /// What the directories of a lineage come to, read one after the other.
 #[derive(Debug)]
@@ -33,7 +33,9 @@ pub struct Survey {
 /// What is left when all directories were looked at.
 #[derive(Debug)]
 pub struct Coverage {
-    pub held: Holdings,
+    held: Holdings,
+    /// WAL of which something is wrong that was told.
+    troubled: Vec<Span>,
 }
 
 impl Survey {
@@ -146,9 +148,10 @@ impl Survey {
     }
 
     /// All directories were taken. `is_alone`: no other repository may hold what this one lacks.
-    pub fn finish(self, ground: &Ground, is_alone: bool, notes: &mut Notes) -> (Vec<Fault>, Coverage) {
+    pub fn finish(mut self, ground: &Ground, is_alone: bool, notes: &mut Notes) -> (Vec<Fault>, Coverage) {
         let mut faults = histories(&self.lineage, ground, self.pieces.keys().copied());
         faults.extend(self.orphans(ground));
+        self.troubled.extend(faults.iter().filter_map(|fault| fault.wal));
         let size = ground.file.segment_size;
         let expired = self.pieces.keys().map(|&timeline| (timeline, ground.expired.lsns(timeline, size))).collect();
         let held = Holdings {
@@ -180,10 +183,11 @@ impl Survey {
                     let object = self.lineage.below(&key).unwrap_or(key.as_str());
                     let what = format!("nothing holds {place}, and the ledger knows no reason");
                     faults.push(Fault::new(object, FaultKind::Hole, what).of_wal(span));
+                    self.troubled.push(span);
                 }
             }
         }
-        (faults, Coverage { held })
+        (faults, Coverage { held, troubled: self.troubled })
     }
 
     /// Objects no entry describes, below segments that are indexed. Above them it is one whose entry is still to come.
@@ -207,10 +211,11 @@ impl Survey {
 }
 
 impl Coverage {
-    /// Whether all of [from, to) of a timeline is held.
-    pub fn holds(&self, timeline: TimelineId, from: Lsn, to: Lsn) -> bool {
-        let pieces = self.held.pieces.get(&timeline);
-        pieces.into_iter().flatten().any(|piece| piece.from <= from && to <= piece.to)
+    /// Whether a part of the span is missing that no fault tells of.
+    pub fn lacks_silently(&self, span: &Span) -> bool {
+        let pieces = self.held.pieces.get(&span.timeline);
+        let is_held = pieces.into_iter().flatten().any(|piece| piece.from <= span.from && span.to <= piece.to);
+        !is_held && !self.troubled.iter().any(|troubled| troubled.overlaps(span))
     }
 }
 

@@ -165,6 +165,14 @@ fn lost(span: &Span, backups: &[BackupFile]) -> String {
     // Another line may have left this one before: then its backups do not help this one's instants.
     let on_line = backups.iter().filter(|backup| backup.timeline == span.timeline);
     let behind = on_line.filter(|backup| backup.start_lsn >= span.to).min_by_key(|backup| backup.stop_lsn);
+    let of_line = |backup: &&BackupFile| backup.timeline == span.timeline;
+    let needs_it = |backup: &&BackupFile| backup.start_lsn < span.to && span.from < backup.stop_lsn;
+    let needing = backups.iter().filter(of_line).filter(needs_it).map(|backup| backup.id.to_string());
+    let needing: Vec<String> = needing.collect();
+    let also = match needing.is_empty() {
+        true => String::new(),
+        false => format!("; without it no restore from backup {} is consistent", needing.join(", ")),
+    };
     match behind {
         Some(backup) => {
             let end = match backup.stop_time {
@@ -172,9 +180,13 @@ fn lost(span: &Span, backups: &[BackupFile]) -> String {
                 None => backup.stop_lsn.to_string(),
             };
             let id = backup.id;
-            format!("instants of timeline {} from {begin} up to {end}, where backup {id} is consistent, are lost", span.timeline)
+            let line = span.timeline;
+            format!("instants of timeline {line} from {begin} up to {end}, where backup {id} is consistent, are lost{also}")
         }
-        None => format!("instants of timeline {} from {begin} on are lost: no backup begins behind it", span.timeline),
+        None => {
+            let line = span.timeline;
+            format!("instants of timeline {line} from {begin} on are lost: no backup begins behind it{also}")
+        }
     }
 }
 
