@@ -104,7 +104,8 @@ fn receive(criterion: &mut Criterion) {
             let run = async {
                 let stop = CancellationToken::new();
                 let backups = BackupSettings { automatic: false, options: BackupOptions::default(), from: None };
-                let assignment = Assignment { world, options: options(), backups };
+                let verify = Default::default();
+                let assignment = Assignment { world, options: options(), backups, verify };
                 let agent = tokio::spawn(Fleet::new(vec![assignment], stop).run(Some(writer.flush_lsn())));
                 while server.with(|state| state.sent.is_empty()) {
                     tokio::time::sleep(Duration::from_millis(1)).await;

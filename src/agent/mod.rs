@@ -16,6 +16,7 @@ pub mod slot;
 mod standby;
 pub mod startup;
 mod synchronous;
+pub mod verify;
 pub mod world;
 
 use std::sync::Arc;
@@ -31,6 +32,7 @@ use backup::BackupSettings;
 use backup::keeper::Keeper;
 use cluster::{ClusterAgent, Status};
 use observer::{Observer, Subject};
+use verify::{Verifier, VerifySettings};
 use world::{ClusterOptions, World};
 
 /// Backups at a time, whatever many clusters there are: each has a memory of its own, and cores to compress on.
@@ -44,6 +46,7 @@ pub struct Assignment {
     pub world: World,
     pub options: ClusterOptions,
     pub backups: BackupSettings,
+    pub verify: VerifySettings,
 }
 
 /// Every cluster of the process. One failing never touches another.
@@ -51,6 +54,7 @@ pub struct Assignment {
 pub struct Fleet {
     clusters: Vec<(String, ClusterAgent, watch::Receiver<Status>)>,
     keepers: Vec<Keeper>,
+    verifiers: Vec<Verifier>,
     observer: Observer,
     stop: CancellationToken,
 }
@@ -63,8 +67,10 @@ impl Fleet {
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
         let mut keepers = Vec::new();
+        let mut verifiers = Vec::new();
         let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
-        for Assignment { world, options, backups } in assignments {
+        let verify_turns = Arc::new(Semaphore::new(1));
+        for Assignment { world, options, backups, verify } in assignments {
             let name = options.name.clone();
             let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
             if is_alone {
@@ -73,10 +79,19 @@ impl Fleet {
             let (keeper, kept) =
                 Keeper::new(world.clone(), options.clone(), backups, status.clone(), turns.clone(), stop.clone());
             keepers.push(keeper);
-            subjects.push(Subject { world, options, status: status.clone(), backups: kept });
+            let (verifier, verified) = Verifier::new(
+                world.clone(),
+                options.clone(),
+                verify,
+                status.clone(),
+                verify_turns.clone(),
+                stop.clone(),
+            );
+            verifiers.push(verifier);
+            subjects.push(Subject { world, options, status: status.clone(), backups: kept, verified });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, keepers, observer: Observer::new(subjects, stop.clone()), stop }
+        Fleet { clusters, keepers, verifiers, observer: Observer::new(subjects, stop.clone()), stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -90,6 +105,8 @@ impl Fleet {
         let is_alone = self.clusters.len() == 1;
         let mut running = JoinSet::new();
         let mut keeping: JoinSet<()> = self.keepers.into_iter().map(Keeper::run).collect();
+        // They end with the process: nothing they do has to be finished.
+        let _verifying: JoinSet<()> = self.verifiers.into_iter().map(Verifier::run).collect();
         for (name, agent, status) in self.clusters {
             if let Some(until) = until {
                 tokio::spawn(stop_at(until, status, self.stop.clone()));

@@ -26,6 +26,7 @@ use crate::monitor::http::Source;
 use crate::monitor::status::State;
 use crate::postgres::sql::{self, SlotRow};
 use crate::receiver::{Acknowledge, Activity};
+use crate::verify::record::LastVerify;
 use crate::wal::{Commit, Lsn};
 
 /// Finer would cost more and show nothing else: an upload begins after seconds.
@@ -46,6 +47,7 @@ struct Observed {
     options: ClusterOptions,
     status: watch::Receiver<Status>,
     backups: watch::Receiver<BackupFacts>,
+    verified: watch::Receiver<Option<LastVerify>>,
     kept: Mutex<Kept>,
 }
 
@@ -89,6 +91,7 @@ pub struct Subject {
     pub options: ClusterOptions,
     pub status: watch::Receiver<Status>,
     pub backups: watch::Receiver<BackupFacts>,
+    pub verified: watch::Receiver<Option<LastVerify>>,
 }
 
 impl Observer {
@@ -98,6 +101,7 @@ impl Observer {
             options: subject.options,
             status: subject.status,
             backups: subject.backups,
+            verified: subject.verified,
             kept: Mutex::default(),
         };
         Observer { clusters: Arc::new(subjects.into_iter().map(observed).collect()), started: Instant::now(), stop }
@@ -224,6 +228,7 @@ impl Observed {
             slot: self.slot_facts(kept.slot.as_ref()),
             gaps: kept.gaps.as_ref().map(|gaps| gaps.open),
             backups: self.backups.borrow().clone(),
+            last_verify: *self.verified.borrow(),
             failure: status.failure.as_ref().map(Failure::to_string),
             contract_broken: broken_contract(watched),
             accidental_standby: self.options.synchronous.is_none()

@@ -31,7 +31,7 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
                 world = setup::metered(world, cluster);
             }
             let options = setup::options(cluster, spool.clone())?;
-            Ok(Assignment { world, options, backups: setup::backups(cluster) })
+            Ok(Assignment { world, options, backups: setup::backups(cluster), verify: setup::verify(cluster) })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {

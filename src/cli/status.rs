@@ -20,6 +20,7 @@ use crate::monitor::{self, client};
 use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
 use crate::restore::reach::{self, Ends, Interval, KnownBackup, Point, Reach};
+use crate::verify::record::{self, LastVerify};
 use crate::wal::{Lsn, Proof, SystemId};
 
 /// A loss of more than this, while the agent streams, is worth a word: a tail's upload starts after seconds.
@@ -57,6 +58,7 @@ struct ClusterStatus {
     last_backup: Option<BackupEntry>,
     /// Under way: taken by whom, only an agent that takes it can tell more.
     backup_running: Option<BackupRunning>,
+    last_verify: Option<LastVerify>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     window: Option<Window>,
     /// Open ones.
@@ -268,6 +270,10 @@ async fn add_repositories(status: &mut ClusterStatus, looks: &[Look], required: 
         status.repositories.push(RepositoryStatus { name: name.clone(), frontier_lsn: None, state });
     }
     let Some(lineage) = lineage.filter(|_| !copies.is_empty()) else { return };
+    status.last_verify = record::last_over(copies.iter().map(|copy| copy.catalog.ledger.as_slice()));
+    if let Some(reason) = status.last_verify.and_then(|last| last.reason()) {
+        status.finding(Health::Degraded, reason);
+    }
     let backups = add_backups(status, looks, &lineage).await;
     match repositories::union(&lineage, &copies) {
         Ok(all) => {

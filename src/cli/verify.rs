@@ -235,7 +235,8 @@ const COLUMNS: [&str; 9] =
 fn print(answer: &Answer) {
     for one in &answer.repositories {
         for fault in &one.faults {
-            let known = fault.known_since.map_or(String::new(), |at| format!(" (known since {})", at.strftime("%F %TZ")));
+            let known =
+                fault.known_since.map_or(String::new(), |at| format!(" (known since {})", at.strftime("%F %TZ")));
             output::text(&format!("{}: {}: {}{known}", one.repository, fault.object, fault.fault));
             output::text(&format!("    means: {}", fault.means));
             output::text(&format!("    do: {}", fault.remedy));
@@ -320,6 +321,6 @@ mod tests {
         let remarks = one.remarks().join("\n");
         assert!(remarks.contains("content not examined") && remarks.contains("not all of it"), "{remarks}");
         let progress = Progress { is_reading: true, done: 1024, total: 2048, faults: 2 };
-        assert!(line("local", &progress).contains("1 KiB of 2 KiB") && step(&progress).phase == "reading");
+        assert!(line("local", &progress).contains("1.0 KiB of 2.0 KiB") && step(&progress).phase == "reading");
     }
 }

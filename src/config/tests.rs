@@ -547,7 +547,6 @@ fn every_key_can_be_a_variable() {
             "clusters.main.backup.differential is not available in this version",
         ),
         ("SEAWALL__CLUSTERS__MAIN__RETENTION__GFS__DALY", "did you mean retention.gfs.daily?"),
-
         ("SEAWALL__HTTP", "did you mean SEAWALL__HTTP__KEY?"),
         ("SEAWALL__HTTP__LISEN", "did you mean listen?"),
         ("SEAWALL__REPOSITORIES__LOCAL__STORAGE_CLASS__WLA", "did you mean storage_class.wal?"),

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use super::backup::{BackupEntry, BackupRunning};
 use super::status::{ClusterStatus, Health, RepositoryStatus, SlotStatus, State, size};
 use crate::receiver::Acknowledge;
+use crate::verify::record::LastVerify;
 use crate::wal::{Lsn, SystemId, TimelineId};
 
 /// What one cluster's agent knows at one moment.
@@ -43,6 +44,8 @@ pub struct ClusterFacts {
     /// Open ones; `None`: not looked at.
     pub gaps: Option<usize>,
     pub backups: BackupFacts,
+    /// `None`: never, or not known yet.
+    pub last_verify: Option<LastVerify>,
     /// Why there is no stream.
     pub failure: Option<String>,
     /// Why less is acknowledged than the contract promises.
@@ -209,6 +212,9 @@ impl ClusterFacts {
             find(Health::Degraded, true, format!("{count} open gap(s) in the archive: see `seawall gaps`"));
         }
         self.find_in_backups(&mut find);
+        if let Some(reason) = self.last_verify.and_then(|last| last.reason()) {
+            find(Health::Degraded, false, reason);
+        }
         let slot = &self.slot.name;
         if let Some(why) = &self.slot.lost {
             find(Health::Failing, true, format!("slot {slot} is lost: {why}"));
@@ -304,6 +310,7 @@ impl ClusterFacts {
             },
             last_backup: self.backups.last.clone(),
             backup_running: self.backups.running.clone(),
+            last_verify: self.last_verify,
             window: None,
             gaps: self.gaps,
             health: Health::Ok,

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::backup::{BackupEntry, BackupRunning};
 use crate::receiver::Acknowledge;
+use crate::verify::record::LastVerify;
 use crate::wal::Lsn;
 
 /// The version of every JSON answer.
@@ -41,6 +42,9 @@ pub struct ClusterStatus {
     pub last_backup: Option<BackupEntry>,
     /// Taken by the agent at this moment.
     pub backup_running: Option<BackupRunning>,
+    /// Of all repositories together.
+    #[serde(default)]
+    pub last_verify: Option<LastVerify>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     pub window: Option<Window>,
     /// Open ones.

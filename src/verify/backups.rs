@@ -73,7 +73,8 @@ impl Asker {
     ) -> Result<(), Failure> {
         let lineage = &self.archive.lineage;
         let listed = self.list(&lineage.backup(id)).await?;
-        let has = |wanted: &str| listed.iter().any(|entry| matches!(entry, Entry::Object { name, .. } if name == wanted));
+        let has =
+            |wanted: &str| listed.iter().any(|entry| matches!(entry, Entry::Object { name, .. } if name == wanted));
         if has("dead.json") {
             notes.add(format!("backup {id} is being deleted"));
             return Ok(());
@@ -120,7 +121,8 @@ impl Asker {
         let needed = Span::new(file.timeline, file.start_lsn, file.stop_lsn);
         if coverage.lacks_silently(&needed) {
             let (start, stop, timeline) = (file.start_lsn, file.stop_lsn, file.timeline);
-            let what = format!("WAL {start} to {stop} of timeline {timeline}, which makes it consistent, is not here whole");
+            let what =
+                format!("WAL {start} to {stop} of timeline {timeline}, which makes it consistent, is not here whole");
             let fault = Fault::new(self.below(&json), FaultKind::Missing, what).of_backup(id).indirect();
             shelf.faults.push(fault.of_wal(needed));
         }
@@ -299,8 +301,12 @@ impl Run<'_> {
         for (index, (object, how)) in chosen.iter().enumerate() {
             let mut verdict = self.volume(&mut reader, index, object, how).await?;
             if let Verdict::Faulty(..) = verdict {
-                let mut again =
-                    Reader::start(&self.asker.archive, vec![object.wanted()], &self.options.pace, self.options.patience);
+                let mut again = Reader::start(
+                    &self.asker.archive,
+                    vec![object.wanted()],
+                    &self.options.pace,
+                    self.options.patience,
+                );
                 self.pause().await;
                 verdict = self.volume(&mut again, 0, object, how).await?;
             }
@@ -389,7 +395,11 @@ impl Run<'_> {
         }
     }
 
-    async fn parsed(&self, object: &Object, file: &BackupFile) -> Result<Result<Manifest, (FaultKind, String)>, Failure> {
+    async fn parsed(
+        &self,
+        object: &Object,
+        file: &BackupFile,
+    ) -> Result<Result<Manifest, (FaultKind, String)>, Failure> {
         let (verdict, collected) = self.once(object, Collected::default()).await?;
         if let Verdict::Faulty(kind, what) = verdict {
             return Ok(Err((kind, what)));

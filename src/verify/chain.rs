@@ -139,7 +139,8 @@ fn carry_differs(scanner: &Scanner, entry: &IndexEntry) -> Option<String> {
 
 fn summary_differs(found: &SegmentSummary, entry: &IndexEntry) -> Option<String> {
     let said = &entry.summary;
-    let differs = |what: &str, found: String, said: String| Some(format!("the index says it has {what} {said}, it has {found}"));
+    let differs =
+        |what: &str, found: String, said: String| Some(format!("the index says it has {what} {said}, it has {found}"));
     if found.proof != said.proof {
         return differs("proof", format!("{:?}", found.proof), format!("{:?}", said.proof));
     }

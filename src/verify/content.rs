@@ -59,7 +59,9 @@ impl Sink for Nothing {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// All that could be told is right.
-    Sound { is_content_examined: bool },
+    Sound {
+        is_content_examined: bool,
+    },
     Faulty(FaultKind, String),
 }
 
@@ -156,11 +158,12 @@ impl<S: Sink> Work<S> {
                 sink.take(raw);
                 Ok(())
             }),
-            Decoder::Decrypted(decryptor) => decryptor.feed(chunk, &mut |raw: &[u8]| -> Result<(), DecryptError> {
-                take(raw_crc32, raw_bytes, sink, raw);
-                Ok(())
-            })
-            .map_err(DecodeError::from),
+            Decoder::Decrypted(decryptor) => decryptor
+                .feed(chunk, &mut |raw: &[u8]| -> Result<(), DecryptError> {
+                    take(raw_crc32, raw_bytes, sink, raw);
+                    Ok(())
+                })
+                .map_err(DecodeError::from),
         };
         self.note(fed);
     }

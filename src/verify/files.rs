@@ -40,12 +40,15 @@ impl Accounts {
     pub fn missing(&self) -> Option<String> {
         let met = self.met.lock().expect("no holder panics");
         let missing: Vec<usize> = (0..met.len()).filter(|&index| !met[index]).collect();
-        let names = missing.iter().take(NAMED_MAX).map(|&index| format!("\"{}\"", shown(self.manifest.files.path(index))));
+        let names =
+            missing.iter().take(NAMED_MAX).map(|&index| format!("\"{}\"", shown(self.manifest.files.path(index))));
         let named = names.collect::<Vec<_>>().join(", ");
         match missing.len() {
             0 => None,
             count if count <= NAMED_MAX => Some(format!("the manifest lists {named}, and no volume holds it")),
-            count => Some(format!("the manifest lists {named} and {} more, and no volume holds them", count - NAMED_MAX)),
+            count => {
+                Some(format!("the manifest lists {named} and {} more, and no volume holds them", count - NAMED_MAX))
+            }
         }
     }
 }

@@ -251,18 +251,14 @@ impl Asker {
         Ok(seen)
     }
 
-    async fn tails(
-        &self,
-        name: SegmentName,
-        size: SegmentSize,
-        notes: &mut Notes,
-    ) -> Result<Vec<TailObject>, Failure> {
+    async fn tails(&self, name: SegmentName, size: SegmentSize, notes: &mut Notes) -> Result<Vec<TailObject>, Failure> {
         let directory = self.archive.lineage.tail_directory(name);
         let span = segment_span(name, size);
         let mut found = Vec::new();
         for entry in self.list(&directory).await? {
             let tail = name_of(&entry).and_then(TailName::parse);
-            let inside = |tail: &TailName| span.as_ref().is_some_and(|span| span.start <= tail.from && tail.to <= span.end);
+            let inside =
+                |tail: &TailName| span.as_ref().is_some_and(|span| span.start <= tail.from && tail.to <= span.end);
             match (&entry, tail.filter(inside)) {
                 (Entry::Object { bytes, .. }, Some(name)) => found.push(TailObject { name, stored_bytes: *bytes }),
                 (Entry::Object { name, .. }, None) => notes.add_unknown(format!("{}/{name}", self.below(&directory))),
@@ -298,7 +294,8 @@ impl Asker {
                 Ok(file) => {
                     let told = file.entries.iter().map(|entry| entry.segment);
                     if !told.eq(names_between(name, size)) {
-                        seen.faults.push(fault("it does not describe every segment from its first to its last, once".into()));
+                        seen.faults
+                            .push(fault("it does not describe every segment from its first to its last, once".into()));
                     }
                     file.entries.into_iter().for_each(|entry| seen.contents.add_entry(entry));
                 }
@@ -345,4 +342,3 @@ fn add(contents: &mut DirectoryContents, object: WalObject, bytes: u64) {
         WalObject::Tails(_) => {} // an object by a directory's name
     }
 }
-

@@ -65,7 +65,11 @@ mod tests {
         for piece in [1, 4000, 17, 0, 900, 5000, 1] {
             now += bucket.take(piece, now);
             taken += piece;
-            assert!((now - start).as_secs_f64() * 1000.0 + 1.0 >= taken as f64, "{taken} bytes after {:?}", now - start);
+            assert!(
+                (now - start).as_secs_f64() * 1000.0 + 1.0 >= taken as f64,
+                "{taken} bytes after {:?}",
+                now - start
+            );
         }
     }
 

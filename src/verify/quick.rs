@@ -101,7 +101,9 @@ impl Survey {
         let name = entry.segment;
         let there = contents.segments.get(&name).and_then(|objects| objects.first());
         let fault = match there {
-            None => Fault::new(self.segment_path(name, form), FaultKind::Missing, "the index names it, and it is not there"),
+            None => {
+                Fault::new(self.segment_path(name, form), FaultKind::Missing, "the index names it, and it is not there")
+            }
             Some(object) => {
                 let (found, expected) = (object.stored_bytes, entry.stored_bytes);
                 let what = format!("it has {found} bytes, the index says {expected}");
@@ -133,7 +135,8 @@ impl Survey {
             }
             let chain = contents.tail_chain(*name);
             for refused in &chain.refused {
-                let what = format!("{} does not count: a later writer's bytes differ, or cannot be compared", path(refused));
+                let what =
+                    format!("{} does not count: a later writer's bytes differ, or cannot be compared", path(refused));
                 notes.add(what);
             }
             for pair in chain.links.windows(2).filter(|pair| pair[0].to < pair[1].from) {

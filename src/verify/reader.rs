@@ -63,9 +63,10 @@ impl Reader {
         let (sender, chunks) = mpsc::channel(WAITING);
         let (archive, pace) = (archive.clone(), pace.clone());
         let task = tokio::spawn(async move {
-            let pieces = wanted.into_iter().enumerate().flat_map(|(index, Wanted { key, bytes })| {
-                ranges(bytes).map(move |range| (index, key.clone(), range))
-            });
+            let pieces = wanted
+                .into_iter()
+                .enumerate()
+                .flat_map(|(index, Wanted { key, bytes })| ranges(bytes).map(move |range| (index, key.clone(), range)));
             let (archive, pace) = (&archive, &pace);
             let fetches = streams::iter(pieces).map(|(index, key, range)| async move {
                 pace.take(range.end - range.start).await;

@@ -103,6 +103,32 @@ pub fn last_finished(ledger: &[LedgerFact]) -> Option<VerifyRecord> {
     finished.max_by_key(|record| record.finished)
 }
 
+/// What `status` says of verifying.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastVerify {
+    pub mode: Mode,
+    pub finished: Timestamp,
+    /// In all repositories together, each by its own last run.
+    pub faults: u64,
+}
+
+impl LastVerify {
+    /// What is to be said where it found any.
+    pub fn reason(&self) -> Option<String> {
+        let at = self.finished.strftime("%Y-%m-%d %H:%M:%SZ");
+        (self.faults > 0)
+            .then(|| format!("verify --{} found {} fault(s) ({at}): see `seawall verify`", self.mode, self.faults))
+    }
+}
+
+/// The newest run over several repositories, by their ledgers.
+pub fn last_over<'l>(ledgers: impl Iterator<Item = &'l [LedgerFact]>) -> Option<LastVerify> {
+    let records: Vec<VerifyRecord> = ledgers.filter_map(last_finished).collect();
+    let newest = records.iter().max_by_key(|record| record.finished)?;
+    let faults = records.iter().map(|record| record.faults).sum();
+    Some(LastVerify { mode: newest.mode, finished: newest.finished?, faults })
+}
+
 /// The last run of one mode that was finished.
 pub fn last_of(ledger: &[LedgerFact], mode: Mode) -> Option<VerifyRecord> {
     let finished = ledger.iter().filter_map(VerifyRecord::of).filter(|record| record.complete && record.mode == mode);

@@ -135,11 +135,13 @@ pub struct Finding {
 pub fn explain(fault: Fault, backups: &[BackupFile]) -> Finding {
     let remedy = match fault.kind {
         FaultKind::Conflict => {
-            "two servers wrote to one archive: continue with `seawall init --new-lineage`; keep both objects".to_string()
+            "two servers wrote to one archive: continue with `seawall init --new-lineage`; keep both objects"
+                .to_string()
         }
         FaultKind::Unindexed => "keep the object; the agent indexes what it meets, or takes a new backup".to_string(),
         _ if fault.backup.is_some() => {
-            "restore takes another repository's copy where there is one; else take a new one: `seawall backup`".to_string()
+            "restore takes another repository's copy where there is one; else take a new one: `seawall backup`"
+                .to_string()
         }
         FaultKind::Hole => "see `seawall gaps`; a new backup (`seawall backup`) begins a new window".to_string(),
         _ if fault.wal.is_some() => "the agent mends it from another repository or from the server, while either has \
@@ -181,7 +183,9 @@ fn lost(span: &Span, backups: &[BackupFile]) -> String {
             };
             let id = backup.id;
             let line = span.timeline;
-            format!("instants of timeline {line} from {begin} up to {end}, where backup {id} is consistent, are lost{also}")
+            format!(
+                "instants of timeline {line} from {begin} up to {end}, where backup {id} is consistent, are lost{also}"
+            )
         }
         None => {
             let line = span.timeline;

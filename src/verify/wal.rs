@@ -251,7 +251,8 @@ fn jobs(asker: &Asker, contents: &DirectoryContents) -> Vec<Job> {
                 jobs.push(Job { object, name, from, counts_from: from, to, entry, index, is_repair });
             }
             None if contents.disputed.contains_key(&name) => {}
-            None => jobs.extend(contents.tail_chain(name).links.into_iter().map(|link| tail_job(asker, contents, name, link))),
+            None => jobs
+                .extend(contents.tail_chain(name).links.into_iter().map(|link| tail_job(asker, contents, name, link))),
         }
     }
     jobs
