@@ -306,7 +306,7 @@ impl Built {
     fn facts(&self, kind: FactKind) -> Vec<LedgerFact> {
         let objects = self.store.objects();
         let ledger = objects.iter().filter(|(key, _)| key.as_str().starts_with("main/7/ledger/"));
-        let facts = ledger.map(|(_, body)| serde_json::from_slice::<LedgerFact>(body).unwrap());
+        let facts = ledger.filter_map(|(_, body)| serde_json::from_slice::<LedgerFact>(body).ok());
         facts.filter(|fact| fact.kind == kind).collect()
     }
 }
