@@ -4,10 +4,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use seawall::catalog::store::{self, Archive};
+use seawall::codec::encrypt::Keys;
+use seawall::repository::Backend;
+use seawall::testkit::store::MemoryStore;
+use seawall::verify::record::Mode;
+use seawall::verify::{Progress, VerifyOptions};
 use serde_json::Value;
+use tokio::sync::watch;
 
 use crate::support::agent::{self, Agent};
 use crate::support::archived::{Archived, create_journal, note};
@@ -16,6 +24,21 @@ use crate::support::process;
 use crate::support::rig::PATIENCE;
 use crate::support::s3::S3Server;
 use crate::support::s3_rig::{Reach, S3Rig};
+
+/// A store in memory that nobody writes to any more, looked at in full, on a copy: no fault, whatever its history was.
+pub async fn assert_no_fault(store: &MemoryStore, keys: &Keys, is_alone: bool) {
+    let copy = MemoryStore::default();
+    copy.tamper(|objects| *objects = store.objects());
+    let backend: Arc<dyn Backend> = Arc::new(copy);
+    for (lineage, _) in store::lineages(backend.as_ref(), "main").await.expect("lineages can be listed") {
+        let archive = Archive::new(backend.clone(), lineage).with_keys(keys.clone());
+        let options = VerifyOptions { mode: Mode::Full, is_alone, ..VerifyOptions::default() };
+        let (progress, _watching) = watch::channel(Progress::default());
+        let outcome = seawall::verify::verify(&archive, &options, &progress).await;
+        assert!(outcome.failure.is_none(), "{:?}", outcome.failure);
+        assert!(outcome.report.is_sound(), "{:#?}", outcome.report);
+    }
+}
 
 const DEADLINE: Duration = Duration::from_secs(240);
 
