@@ -111,7 +111,8 @@ fn receive(criterion: &mut Criterion) {
                     schedule: ScheduleConfig::default(),
                     hung_after: HUNG_AFTER,
                 };
-                let assignment = Assignment { world, options: options(), backups };
+                let verify = Default::default();
+                let assignment = Assignment { world, options: options(), backups, retention: None, verify };
                 let agent = tokio::spawn(Fleet::new(vec![assignment], stop).run(Some(writer.flush_lsn())));
                 while server.with(|state| state.sent.is_empty()) {
                     tokio::time::sleep(Duration::from_millis(1)).await;

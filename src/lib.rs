@@ -44,6 +44,7 @@
 //! | [`archiver`] | a segment's life: compress, store, index; tails |
 //! | [`backup`] | a base backup: verified, cut into volumes, stored |
 //! | [`restore`] | what can be restored, restoring it, the `restore_command`, and WAL held ready ahead of it |
+//! | [`verify`] | whether a repository holds what it says, and says what it holds |
 //! | [`retention`] | what stays, what goes, and why |
 //! | | |
 //! | [`config`] | what was typed, checked and resolved |
@@ -94,4 +95,5 @@ pub mod spool;
 pub mod telemetry;
 pub mod testkit;
 pub mod units;
+pub mod verify;
 pub mod wal;

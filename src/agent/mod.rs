@@ -18,6 +18,7 @@ pub mod slot;
 mod standby;
 pub mod startup;
 mod synchronous;
+pub mod verify;
 pub mod world;
 
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use cluster::{ClusterAgent, Status};
 use expire::Expirer;
 use mend::Mender;
 use observer::{Observer, Subject};
+use verify::{Verifier, VerifySettings};
 use world::{ClusterOptions, World};
 
 /// Backups at a time, whatever many clusters there are: each has a memory of its own, and cores to compress on.
@@ -51,6 +53,7 @@ pub struct Assignment {
     pub backups: BackupSettings,
     /// What expires after each good backup; `None`: nothing does by itself.
     pub retention: Option<Policy>,
+    pub verify: VerifySettings,
 }
 
 /// Every cluster of the process. One failing never touches another.
@@ -60,6 +63,7 @@ pub struct Fleet {
     keepers: Vec<Keeper>,
     expirers: Vec<Expirer>,
     menders: Vec<Mender>,
+    verifiers: Vec<Verifier>,
     observer: Observer,
     stop: CancellationToken,
 }
@@ -71,9 +75,11 @@ impl Fleet {
         let is_alone = assignments.len() == 1;
         let mut clusters = Vec::new();
         let mut subjects = Vec::new();
-        let (mut keepers, mut menders, mut expirers) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut keepers, mut menders) = (Vec::new(), Vec::new());
+        let (mut expirers, mut verifiers) = (Vec::new(), Vec::new());
         let turns = Arc::new(Semaphore::new(BACKUPS_MAX));
-        for Assignment { world, options, backups, retention } in assignments {
+        let verify_turns = Arc::new(Semaphore::new(1));
+        for Assignment { world, options, backups, retention, verify } in assignments {
             let name = options.name.clone();
             let (mut agent, status) = ClusterAgent::new(world.clone(), options.clone(), stop.clone());
             if is_alone {
@@ -83,21 +89,38 @@ impl Fleet {
                 Keeper::new(world.clone(), options.clone(), backups, status.clone(), turns.clone(), stop.clone());
             // Whoever finds damage has it mended, and what cannot be has a backup taken, at once.
             let (found, lost) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-            let signals = (found, lost.clone());
+            let signals = (found.clone(), lost.clone());
             let (mender, mended) = Mender::new(world.clone(), options.clone(), status.clone(), signals, stop.clone());
             keepers.push(keeper.beside(mended.clone(), lost));
             menders.push(mender);
-            let expiring = retention.map(|policy| {
+            let retention = retention.map(|policy| {
                 let (world, options, status) = (world.clone(), options.clone(), status.clone());
                 let (expirer, facts) = Expirer::new(world, options, policy, status, kept.clone(), stop.clone());
                 expirers.push(expirer);
                 facts
             });
-            let retention = expiring;
-            subjects.push(Subject { world, options, status: status.clone(), backups: kept, retention, mended });
+            let (verifier, verified) = Verifier::new(
+                world.clone(),
+                options.clone(),
+                verify,
+                status.clone(),
+                verify_turns.clone(),
+                stop.clone(),
+            );
+            verifiers.push(verifier.telling(found));
+            subjects.push(Subject {
+                world,
+                options,
+                status: status.clone(),
+                backups: kept,
+                retention,
+                mended,
+                verified,
+            });
             clusters.push((name, agent, status));
         }
-        Fleet { clusters, keepers, menders, expirers, observer: Observer::new(subjects, stop.clone()), stop }
+        let observer = Observer::new(subjects, stop.clone());
+        Fleet { clusters, keepers, expirers, menders, verifiers, observer, stop }
     }
 
     /// For whoever wants to know how the clusters are; it looks only when it is run.
@@ -114,6 +137,8 @@ impl Fleet {
         self.expirers.into_iter().for_each(|expirer| drop(keeping.spawn(expirer.run())));
         // What one was at is found again by the next.
         let _mending: JoinSet<()> = self.menders.into_iter().map(Mender::run).collect();
+        // They end with the process: nothing they do has to be finished.
+        let _verifying: JoinSet<()> = self.verifiers.into_iter().map(Verifier::run).collect();
         for (name, agent, status) in self.clusters {
             if let Some(until) = until {
                 tokio::spawn(stop_at(until, status, self.stop.clone()));

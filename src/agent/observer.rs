@@ -28,6 +28,7 @@ use crate::monitor::retention::RetentionFacts;
 use crate::monitor::status::State;
 use crate::postgres::sql::{self, SlotRow};
 use crate::receiver::{Acknowledge, Activity};
+use crate::verify::record::LastVerify;
 use crate::wal::{Commit, Lsn};
 
 /// Finer would cost more and show nothing else: an upload begins after seconds.
@@ -50,6 +51,7 @@ struct Observed {
     backups: watch::Receiver<BackupFacts>,
     retention: Option<watch::Receiver<RetentionFacts>>,
     mended: watch::Receiver<MendFacts>,
+    verified: watch::Receiver<Option<LastVerify>>,
     kept: Mutex<Kept>,
 }
 
@@ -98,6 +100,7 @@ pub struct Subject {
     /// Where the agent expires by itself.
     pub retention: Option<watch::Receiver<RetentionFacts>>,
     pub mended: watch::Receiver<MendFacts>,
+    pub verified: watch::Receiver<Option<LastVerify>>,
 }
 
 impl Observer {
@@ -109,6 +112,7 @@ impl Observer {
             backups: subject.backups,
             retention: subject.retention,
             mended: subject.mended,
+            verified: subject.verified,
             kept: Mutex::default(),
         };
         Observer { clusters: Arc::new(subjects.into_iter().map(observed).collect()), started: Instant::now(), stop }
@@ -237,6 +241,7 @@ impl Observed {
             backups: self.backups.borrow().clone(),
             retention: self.retention.as_ref().map(|facts| facts.borrow().clone()).unwrap_or_default(),
             damaged: self.damaged(),
+            last_verify: *self.verified.borrow(),
             failure: status.failure.as_ref().map(Failure::to_string),
             contract_broken: broken_contract(watched),
             accidental_standby: self.options.synchronous.is_none()

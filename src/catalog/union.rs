@@ -80,14 +80,15 @@ impl SealedSpan {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
     Sealed(SealedSpan),
-    Tail(Piece),
+    /// Of a tail, or whatever is looked at by itself.
+    Piece(Piece),
 }
 
 impl Part {
     pub fn pieces(&self) -> impl Iterator<Item = Piece> {
         let (sealed, tail) = match self {
             Part::Sealed(sealed) => (Some(sealed.within(Lsn::ZERO, Lsn::MAX).map(|(piece, _)| piece)), None),
-            Part::Tail(piece) => (None, Some(piece.clone())),
+            Part::Piece(piece) => (None, Some(piece.clone())),
         };
         sealed.into_iter().flatten().chain(tail)
     }
@@ -95,7 +96,7 @@ impl Part {
     pub fn span(&self) -> Span {
         match self {
             Part::Sealed(sealed) => sealed.span,
-            Part::Tail(piece) => Span::from(piece),
+            Part::Piece(piece) => Span::from(piece),
         }
     }
 }
@@ -253,7 +254,7 @@ fn add_directory(parts: &mut Parts, copies: &[&Arc<DirectoryDigest>], disputed: 
         } else if let Some((copy, at)) = sealed() {
             parts.push_sealed(copy, at);
         } else {
-            parts.0.extend(tail_pieces(copies, name).into_iter().map(Part::Tail));
+            parts.0.extend(tail_pieces(copies, name).into_iter().map(Part::Piece));
         }
     }
 }

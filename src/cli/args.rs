@@ -124,6 +124,8 @@ pub enum Command {
     Window(WindowArgs),
     /// When did it happen: drops, truncations, restore points, commits; each with the restore that stops just before it
     Find(FindArgs),
+    /// Examine what the repositories hold; exit code 1 when anything is wrong with it
+    Verify(VerifyArgs),
     /// Bring a server back, to any instant: choose, fetch and verify a backup, and set up its recovery
     Restore(RestoreArgs),
     /// Fetch one WAL or history file: the restore_command ('seawall wal-get %f %p')
@@ -301,6 +303,35 @@ impl From<KindArg> for EventKind {
     }
 }
 
+/// Works without a server. --repository may name a configured repository: only that one is examined. What is damaged is
+/// looked at twice, and then told to the ledger: readers take another copy, and the agent mends it where it can. Exit
+/// code 1: a fault was found; 69: a store does not answer, which is none.
+#[derive(Args, Debug)]
+pub struct VerifyArgs {
+    /// What is there against what should be: listings, index, backups; reads no large object (the default)
+    #[arg(long, conflicts_with_all = ["sample", "full"])]
+    pub quick: bool,
+    /// Also read this share of the segments and volumes, chosen at random: 5%
+    #[arg(long, value_name = "P%", value_parser = percent, conflicts_with = "full")]
+    pub sample: Option<f64>,
+    /// Read everything: checksums, the chain of WAL records, every file of every backup. Encrypted objects need
+    /// identity_file. Interrupted, the next one goes on from there
+    #[arg(long)]
+    pub full: bool,
+    /// Read no faster than this many bytes a second: 50MiB
+    #[arg(long, value_name = "SIZE", value_parser = rate)]
+    pub max_rate: Option<u64>,
+    /// Begin anew where an earlier --full was interrupted
+    #[arg(long, requires = "full")]
+    pub restart: bool,
+    /// With --sample: which objects; the same number, the same objects
+    #[arg(long, value_name = "N", requires = "sample")]
+    pub seed: Option<u64>,
+    /// Restore into a scratch directory and start it
+    #[arg(long, hide = true)]
+    pub drill: bool,
+}
+
 /// Exit codes: 0 delivered; 1 not in the archive, as the store has shown; 255 every error, so that PostgreSQL stops
 /// instead of ending recovery early. Without --lineage: the newest one of the system id in global/pg_control of the
 /// current directory, where PostgreSQL runs its restore_command.
@@ -443,6 +474,19 @@ fn size(text: &str) -> Result<u64, String> {
         "0" => Ok(0),
         text => parse_size(text).ok_or_else(|| "expected a size such as 256MiB, or 0".to_string()),
     }
+}
+
+fn percent(text: &str) -> Result<f64, String> {
+    let number = text.strip_suffix('%').and_then(|number| number.parse::<f64>().ok());
+    match number.filter(|number| *number > 0.0 && *number <= 100.0) {
+        Some(number) => Ok(number / 100.0),
+        None => Err("expected a share above 0% and up to 100%, such as 5%".to_string()),
+    }
+}
+
+fn rate(text: &str) -> Result<u64, String> {
+    let rate = parse_size(text).filter(|bytes| *bytes > 0);
+    rate.ok_or_else(|| "expected a size such as 50MiB, read in a second at most".to_string())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

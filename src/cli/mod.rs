@@ -25,6 +25,7 @@ mod run;
 mod server;
 mod setup;
 mod status;
+mod verify;
 mod wal_get;
 mod window;
 
@@ -157,6 +158,7 @@ fn run(cli: &Cli, contract: Contract) -> u8 {
         Command::Window(args) => window::run(global, args),
         Command::Restore(args) => restore::run(global, args),
         Command::Find(args) => find::run(global, args),
+        Command::Verify(args) => verify::run(global, args),
         Command::WalGet(args) => wal_get::run(global, args),
     };
     match ended {

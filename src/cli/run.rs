@@ -32,7 +32,8 @@ pub fn run(global: &Global, args: &RunArgs) -> Result<Verdict, Failure> {
             }
             let options = setup::options(cluster, spool.clone())?;
             let retention = cluster.retention.policy.clone().filter(|_| cluster.retention.automatic);
-            Ok(Assignment { world, options, backups: setup::backups(cluster), retention })
+            let (backups, verify) = (setup::backups(cluster), setup::verify(cluster));
+            Ok(Assignment { world, options, backups, retention, verify })
         })
         .collect::<Result<_, Failure>>()?;
     for cluster in &clusters {

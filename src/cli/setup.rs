@@ -13,6 +13,7 @@ use tokio::runtime;
 use super::args::Global;
 use super::keys;
 use crate::agent::backup::{BackupSettings, HUNG_AFTER};
+use crate::agent::verify::VerifySettings;
 use crate::agent::world::{ClusterOptions, LoginSource, Repository, World};
 use crate::archiver::Workers;
 use crate::backup::BackupOptions;
@@ -26,6 +27,7 @@ use crate::replication::{Login, NetDialer, SlotName};
 use crate::repository::{Backend, LocalBackend, MeteredBackend, S3Backend, StoreErrorKind, THREADS_PER_ROOT};
 use crate::spool::SpoolOptions;
 use crate::telemetry::meters::StoreMeter;
+use crate::verify::record::Mode;
 
 /// Threads for name resolution and small files, beside those for stores, spool and compression.
 const SPARE_THREADS: usize = 8;
@@ -212,6 +214,18 @@ pub fn backups(cluster: &ClusterConfig) -> BackupSettings {
         from,
         schedule: cluster.schedule.clone(),
         hung_after: HUNG_AFTER,
+    }
+}
+
+/// When the agent verifies by itself.
+pub fn verify(cluster: &ClusterConfig) -> VerifySettings {
+    let config = &cluster.verify;
+    let lines = [(Mode::Full, &config.full), (Mode::Sample, &config.sample), (Mode::Quick, &config.quick)];
+    VerifySettings {
+        lines: lines.into_iter().filter_map(|(mode, line)| Some((mode, line.clone()?))).collect(),
+        zone: Some(cluster.schedule.timezone.clone()),
+        share: f64::from(config.sample_percent) / 100.0,
+        max_rate: config.max_rate,
     }
 }
 

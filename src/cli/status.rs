@@ -22,6 +22,7 @@ use crate::receiver::Acknowledge;
 use crate::repository::layout::Lineage;
 use crate::restore::reach::{self, Ends, Interval, KnownBackup, Point, Reach};
 use crate::schedule::Next;
+use crate::verify::record::{self, LastVerify};
 use crate::wal::{Lsn, Proof, SystemId};
 
 /// A loss of more than this, while the agent streams, is worth a word: a tail's upload starts after seconds.
@@ -61,6 +62,7 @@ struct ClusterStatus {
     backup_running: Option<BackupRunning>,
     /// As the schedule and what is there have it; an agent that is gone takes none.
     next_backup: Option<NextBackup>,
+    last_verify: Option<LastVerify>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     window: Option<Window>,
     /// Open ones.
@@ -278,6 +280,10 @@ async fn add_repositories(
         status.repositories.push(RepositoryStatus { name: name.clone(), frontier_lsn: None, state });
     }
     let Some(lineage) = lineage.filter(|_| !copies.is_empty()) else { return };
+    status.last_verify = record::last_over(copies.iter().map(|copy| copy.catalog.ledger.as_slice()));
+    if let Some(reason) = status.last_verify.and_then(|last| last.reason()) {
+        status.finding(Health::Degraded, reason);
+    }
     let backups = add_backups(status, looks, cluster, &lineage).await;
     match repositories::union(&lineage, &copies) {
         Ok(all) => {

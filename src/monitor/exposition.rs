@@ -131,6 +131,9 @@ fn set_cluster(facts: &ClusterFacts) {
     set(names::GAPS_OPEN, number(facts.gaps.map(|count| count as u64)));
     set_backups(facts, &set);
     set_retention(facts, &set);
+    let finished = facts.last_verify.map(|last| last.finished.as_microsecond() as f64 / 1e6);
+    set(names::VERIFY_LAST, finished.unwrap_or(f64::NAN));
+    set(names::VERIFY_FAULTS, number(facts.last_verify.map(|last| last.faults)));
     if let Some(spool) = &facts.spool {
         set(names::SPOOL_BYTES, spool.used_bytes as f64);
         set(names::SPOOL_LIMIT_BYTES, spool.limit_bytes as f64);

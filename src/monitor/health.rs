@@ -11,6 +11,7 @@ use super::backup::{BackupEntry, BackupRunning, NextBackup};
 use super::retention::RetentionFacts;
 use super::status::{ClusterStatus, Health, RepositoryStatus, SlotStatus, State, size};
 use crate::receiver::Acknowledge;
+use crate::verify::record::LastVerify;
 use crate::wal::{Lsn, SystemId, TimelineId};
 
 /// What one cluster's agent knows at one moment.
@@ -47,6 +48,8 @@ pub struct ClusterFacts {
     pub retention: RetentionFacts,
     /// How many objects in the repositories are damaged and not mended; one of them, and why.
     pub damaged: Option<(usize, String)>,
+    /// `None`: never, or not known yet.
+    pub last_verify: Option<LastVerify>,
     /// Why there is no stream.
     pub failure: Option<String>,
     /// Why less is acknowledged than the contract promises.
@@ -221,6 +224,9 @@ impl ClusterFacts {
         if let Some(why) = &self.retention.failure {
             find(Health::Degraded, false, format!("retention could not be applied, nothing needed is lost: {why}"));
         }
+        if let Some(reason) = self.last_verify.and_then(|last| last.reason()) {
+            find(Health::Degraded, false, reason);
+        }
         let slot = &self.slot.name;
         if let Some(why) = &self.slot.lost {
             find(Health::Failing, true, format!("slot {slot} is lost: {why}"));
@@ -318,6 +324,7 @@ impl ClusterFacts {
             backup_running: self.backups.running.clone(),
             retention: self.retention.to_status(),
             next_backup: self.backups.next.clone(),
+            last_verify: self.last_verify,
             window: None,
             gaps: self.gaps,
             health: Health::Ok,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::backup::{BackupEntry, BackupRunning, NextBackup};
 use super::retention::RetentionStatus;
 use crate::receiver::Acknowledge;
+use crate::verify::record::LastVerify;
 use crate::wal::Lsn;
 
 /// The version of every JSON answer.
@@ -47,6 +48,9 @@ pub struct ClusterStatus {
     pub retention: Option<RetentionStatus>,
     /// Of the schedule.
     pub next_backup: Option<NextBackup>,
+    /// Of all repositories together.
+    #[serde(default)]
+    pub last_verify: Option<LastVerify>,
     /// What can be restored without a hole up to its end: of the newest line, the newest part.
     pub window: Option<Window>,
     /// Open ones.

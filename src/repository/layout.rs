@@ -100,6 +100,11 @@ impl Lineage {
         Key::new(format!("{}/{}/{path}", self.cluster, self.directory_name()))
     }
 
+    /// The lineage's own directory.
+    pub fn directory(&self) -> Key {
+        Key::new(format!("{}/{}", self.cluster, self.directory_name()))
+    }
+
     pub fn lineage_json(&self) -> Key {
         self.key(format_args!("lineage.json"))
     }

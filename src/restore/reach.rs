@@ -314,7 +314,7 @@ fn blocks_of(
 ) -> impl DoubleEndedIterator<Item = Block<'_>> {
     let (sealed, tail): (Option<&SealedSpan>, Option<&Piece>) = match part {
         Part::Sealed(sealed) => (Some(sealed), None),
-        Part::Tail(piece) => (None, Some(piece)),
+        Part::Piece(piece) => (None, Some(piece)),
     };
     let block = move |piece: Piece, digest| {
         let is_cut = piece.to > limit;

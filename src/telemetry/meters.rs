@@ -67,6 +67,8 @@ pub const BACKUP_NEXT: &str = "seawall_next_backup_timestamp_seconds";
 pub const BACKUP_RUNNING: &str = "seawall_backup_running";
 pub const BACKUP_DONE_BYTES: &str = "seawall_backup_running_raw_bytes";
 pub const BACKUPS_MISSING: &str = "seawall_repositories_without_backup";
+pub const VERIFY_LAST: &str = "seawall_last_verify_timestamp_seconds";
+pub const VERIFY_FAULTS: &str = "seawall_last_verify_faults";
 const BACKUPS: &str = "seawall_backups_total";
 const BACKUP_FAILURES: &str = "seawall_failed_backups_total";
 pub const RETENTION_LAST: &str = "seawall_last_retention_timestamp_seconds";
@@ -120,6 +122,8 @@ pub const CATALOGUE: &[MetricDoc] = &[
     gauge(BACKUP_RUNNING, CLUSTER, "1 while this agent takes a base backup."),
     gauge(BACKUP_DONE_BYTES, CLUSTER, "What the server has sent of the base backup under way; NaN without one."),
     gauge(BACKUPS_MISSING, CLUSTER, "Repositories that take part and hold no complete base backup."),
+    gauge(VERIFY_LAST, CLUSTER, "When the repositories were last verified, in Unix time."),
+    gauge(VERIFY_FAULTS, CLUSTER, "Faults the last verification found, in all repositories together."),
     counter(BACKUPS, CLUSTER, "Base backups this agent has completed."),
     counter(BACKUP_FAILURES, CLUSTER, "Base backups this agent has tried in vain."),
     gauge(RETENTION_LAST, CLUSTER, "When this agent last applied retention, in Unix time."),

@@ -38,4 +38,5 @@ mod tidy;
 mod timelines;
 mod tls;
 mod trouble;
+mod verify;
 mod writers;

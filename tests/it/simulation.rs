@@ -289,6 +289,7 @@ impl Simulation {
         self.check_journal();
         self.stop_agent().await;
         self.check_idle().await;
+        self.check_by_verifier().await;
         self.tally
     }
 
@@ -646,6 +647,17 @@ impl Simulation {
         }
         for (at, others) in names.iter().enumerate() {
             assert!(others == &names[0], "repository {at}: {:?}", others.symmetric_difference(&names[0]).next());
+        }
+    }
+
+    /// Of some histories: what is left is read in full.
+    async fn check_by_verifier(&mut self) {
+        if self.rng.u32(0..8) == 0 {
+            let identities = Identities::parse(IDENTITY.as_bytes()).expect("an identity");
+            let keys = Keys { recipients: None, identities: Some(identities) };
+            for store in &self.stores {
+                crate::verify::assert_no_fault(store.store.memory(), &keys, self.stores.len() == 1).await;
+            }
         }
     }
 

@@ -50,7 +50,7 @@ impl Archived {
         let tail = TailName { epoch, from: lsn(from), to: lsn(to), raw_crc32, last_commit, form };
         let piece =
             Piece { from: lsn(from), to: lsn(to), proof: Proof::Proven, last_commit, source: Source::Tail(tail) };
-        self.parts.entry(TimelineId(timeline)).or_default().push(Part::Tail(piece));
+        self.parts.entry(TimelineId(timeline)).or_default().push(Part::Piece(piece));
         self
     }
 

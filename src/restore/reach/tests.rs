@@ -32,7 +32,7 @@ fn history(timeline: u32, forks: &[(u32, u64)]) -> History {
 }
 
 fn holdings(pieces: &[(u32, &[(u64, u64)])], histories: Vec<History>) -> Holdings {
-    let of = |raw: &[(u64, u64)]| raw.iter().map(|(from, to)| Part::Tail(piece(*from, *to))).collect();
+    let of = |raw: &[(u64, u64)]| raw.iter().map(|(from, to)| Part::Piece(piece(*from, *to))).collect();
     Holdings {
         segment_size: size(),
         start_timeline: ONE,

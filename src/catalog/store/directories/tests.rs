@@ -320,7 +320,7 @@ proptest! {
             let pieces = together(&chosen.iter().map(|&at| whole[at].clone()).collect::<Vec<_>>());
             prop_assert_eq!(&held.pieces(ONE).collect::<Vec<_>>(), &pieces);
             // As if no two segments followed one another.
-            let single = pieces.into_iter().map(Part::Tail).collect();
+            let single = pieces.into_iter().map(Part::Piece).collect();
             let apart = Holdings { parts: BTreeMap::from([(ONE, single)]), ..held.clone() };
             prop_assert_eq!(told(&held, cut), told(&apart, cut));
         }
