@@ -8,6 +8,7 @@ mod demo;
 mod docker;
 mod encryption;
 mod end_to_end;
+mod expire;
 mod find;
 mod forks;
 mod hostile;
