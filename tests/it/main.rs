@@ -41,3 +41,4 @@ mod tls;
 mod trouble;
 mod verify;
 mod writers;
+mod year;

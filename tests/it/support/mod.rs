@@ -7,6 +7,7 @@ pub mod agent;
 pub mod archived;
 pub mod http;
 pub mod model;
+pub mod model_clock;
 pub mod postgres;
 pub mod process;
 pub mod restored;

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use seawall::wal::Lsn;
 
+use super::model_clock::ModelClock;
 use super::process::{self, Reaped, Scratch};
 
 /// For one statement of a test, one tool.
@@ -148,6 +149,7 @@ pub struct Builder {
     /// Keeps a backup of our own making on disk until it is copied.
     origin_backup: Option<Arc<BaseBackup>>,
     signal_file: Option<&'static str>,
+    clock: Option<Arc<ModelClock>>,
 }
 
 impl Builder {
@@ -196,6 +198,12 @@ impl Builder {
     /// Puts `recovery.signal` or `standby.signal` in place.
     pub fn signal_file(mut self, name: &'static str) -> Builder {
         self.signal_file = Some(name);
+        self
+    }
+
+    /// It lives by this clock, and what it runs too.
+    pub fn clock(mut self, clock: &Arc<ModelClock>) -> Builder {
+        self.clock = Some(clock.clone());
         self
     }
 
@@ -287,6 +295,7 @@ impl Server {
             origin: None,
             origin_backup: None,
             signal_file: None,
+            clock: None,
         }
     }
 
@@ -413,6 +422,9 @@ impl Server {
         let mut postgres = self.installation.command("postgres");
         postgres.arg("-D").arg(self.data_dir()).stdin(Stdio::null());
         postgres.stdout(log.try_clone().expect("a file handle can be cloned")).stderr(log);
+        if let Some(clock) = &self.builder.clock {
+            clock.show_to(&mut postgres);
+        }
         let child = postgres.spawn().map_err(|error| format!("could not run {postgres:?}: {error}"))?;
         self.postmaster = Some(Reaped(child));
         Ok(())
