@@ -129,8 +129,8 @@ fn set_cluster(facts: &ClusterFacts) {
     set(names::HELD_BYTES, facts.held_bytes as f64);
     set(names::HELD_LIMIT_BYTES, facts.held_limit_bytes as f64);
     set(names::GAPS_OPEN, number(facts.gaps.map(|count| count as u64)));
-    set_backups(facts, &set);
-    set_retention(facts, &set);
+    set_backups(facts, set);
+    set_retention(facts, set);
     if let Some(spool) = &facts.spool {
         set(names::SPOOL_BYTES, spool.used_bytes as f64);
         set(names::SPOOL_LIMIT_BYTES, spool.limit_bytes as f64);
