@@ -129,8 +129,8 @@ fn set_cluster(facts: &ClusterFacts) {
     set(names::HELD_BYTES, facts.held_bytes as f64);
     set(names::HELD_LIMIT_BYTES, facts.held_limit_bytes as f64);
     set(names::GAPS_OPEN, number(facts.gaps.map(|count| count as u64)));
-    set_backups(facts, &set);
-    set_retention(facts, &set);
+    set_backups(facts, set);
+    set_retention(facts, set);
     let finished = facts.last_verify.map(|last| last.finished.as_microsecond() as f64 / 1e6);
     set(names::VERIFY_LAST, finished.unwrap_or(f64::NAN));
     set(names::VERIFY_FAULTS, number(facts.last_verify.map(|last| last.faults)));
