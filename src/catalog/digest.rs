@@ -97,7 +97,7 @@ impl Micros {
     }
 }
 
-/// What is kept of an index entry: 80 bytes.
+/// What is kept of an index entry: 88 bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Digest {
     pub segment: SegmentName,
@@ -113,7 +113,7 @@ pub struct Digest {
     min_commit: Micros,
     max_commit: Micros,
     /// Names of the restore points in it; almost no segment has any.
-    points: Option<Box<Vec<String>>>,
+    points: Option<Box<[String]>>,
     pub proof: Proof,
     /// Something was removed or cut in it (every list of the summary but the restore points): its whole entry tells what.
     pub has_changes: bool,
@@ -172,7 +172,7 @@ impl Indexed for Digest {
             last_commit: Micros::of(stored.last_commit.map(|commit| commit.time)),
             min_commit: Micros::of(stored.min_commit_time),
             max_commit: Micros::of(stored.max_commit_time),
-            points: (!points.is_empty()).then(|| Box::new(points)),
+            points: (!points.is_empty()).then(|| points.into_boxed_slice()),
             proof: stored.proof,
             has_changes: !(stored.drops.is_empty()
                 && stored.truncations.is_empty()
@@ -373,7 +373,7 @@ impl From<IndexEntry> for Digest {
             last_commit: Micros::of(summary.last_commit.map(|commit| commit.time)),
             min_commit: Micros::of(summary.min_commit_time),
             max_commit: Micros::of(summary.max_commit_time),
-            points: (!points.is_empty()).then(|| Box::new(points)),
+            points: (!points.is_empty()).then(|| points.into_boxed_slice()),
             proof: summary.proof,
             has_changes: !(summary.drops.is_empty()
                 && summary.truncations.is_empty()

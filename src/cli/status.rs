@@ -16,6 +16,7 @@ use crate::config::{ClusterConfig, HttpConfig};
 use crate::continuity::{self, GapState, Run};
 use crate::error::Failure;
 use crate::monitor::backup::{BackupEntry, BackupRunning, NextBackup};
+use crate::monitor::retention::RetentionStatus;
 use crate::monitor::status::{Moment, Window};
 use crate::monitor::{self, client};
 use crate::receiver::Acknowledge;
@@ -60,6 +61,8 @@ struct ClusterStatus {
     last_backup: Option<BackupEntry>,
     /// Under way: taken by whom, only an agent that takes it can tell more.
     backup_running: Option<BackupRunning>,
+    /// Only an agent that expires can tell.
+    retention: Option<RetentionStatus>,
     /// As the schedule and what is there have it; an agent that is gone takes none.
     next_backup: Option<NextBackup>,
     last_verify: Option<LastVerify>,

@@ -382,7 +382,7 @@ impl Verdicts<'_, '_> {
             let (Some(from), Some(to)) = (ends().map(|it| it.start).min(), ends().map(|it| it.end).max()) else {
                 continue;
             };
-            let mut free = subtract(vec![from..to], stays.iter().cloned());
+            let mut free = subtract(std::iter::once(from..to).collect(), stays.iter().cloned());
             if going.is_empty() {
                 free.clear();
             }

@@ -36,7 +36,7 @@ const TOGETHER_MAX: usize = 2 * 1440;
 /// When something is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Line {
-    Cron(CronLine),
+    Cron(Box<CronLine>),
     /// That long after it was begun last.
     Every(Duration),
     /// That many bytes of WAL after it was begun last.
@@ -84,7 +84,7 @@ impl Line {
                 parsed.map(Line::After).ok_or(LineError::After)
             }
             Some((first, _)) if first.starts_with(|c: char| c.is_ascii_digit() || c == '*') => {
-                CronLine::parse(text).map(Line::Cron)
+                CronLine::parse(text).map(|cron| Line::Cron(Box::new(cron)))
             }
             _ => Err(LineError::Unknown),
         }

@@ -36,7 +36,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::catalog::ledger::LedgerFact;
-use crate::catalog::{Archive, BackupFile, CatalogError};
+use crate::catalog::{Archive, BackupFile};
 use crate::error::{ExitCode, Failure};
 use crate::repository::layout::{BackupId, Part, WalObject};
 use content::Object;
@@ -425,7 +425,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let appended = reader::patiently(self.options.patience, || async {
-            self.asker.archive.append_ledger(&fact, fastrand::u32(..)).await.map_err(CatalogError::from)
+            self.asker.archive.append_ledger(&fact, fastrand::u32(..)).await
         });
         match appended.await {
             Ok(()) => {

@@ -385,7 +385,7 @@ fn run_drains_on_sigterm_and_wal_get_delivers_what_it_archived() {
         (status.code == 0 && durable >= flushed).then_some(cluster)
     });
     let fields = "name system_id timeline state acknowledge server_lsn received_lsn proven_lsn durable_lsn \
-                  acknowledged_lsn rpo_seconds lag_bytes repositories slot last_backup backup_running next_backup last_verify window gaps health reasons";
+                  acknowledged_lsn rpo_seconds lag_bytes repositories slot last_backup backup_running retention next_backup last_verify window gaps health reasons";
     assert_eq!(keys(&covered), set(fields));
     assert_eq!(keys(&covered["slot"]), set("name wal_status safe_wal_bytes hours_left"));
     assert_eq!(keys(&covered["repositories"][0]), set("name frontier_lsn state"));

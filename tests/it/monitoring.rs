@@ -58,7 +58,7 @@ fn a_running_agent_is_seen_through() {
         keys(&status),
         set(
             "name system_id timeline state acknowledge server_lsn received_lsn proven_lsn durable_lsn acknowledged_lsn \
-             rpo_seconds lag_bytes repositories slot last_backup backup_running next_backup last_verify window gaps health reasons"
+             rpo_seconds lag_bytes repositories slot last_backup backup_running retention next_backup last_verify window gaps health reasons"
         )
     );
     assert_eq!((&status["state"], &status["gaps"]), (&"streaming".into(), &0.into()));

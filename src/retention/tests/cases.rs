@@ -141,7 +141,7 @@ fn a_million_segments() {
     const EACH: u64 = 333_334;
     for timeline in 1..=3u32 {
         let ancestors =
-            (1..timeline).map(|it| HistoryEntry { timeline: TimelineId(it), end: Lsn(u64::from(it) * EACH << 24) });
+            (1..timeline).map(|it| HistoryEntry { timeline: TimelineId(it), end: Lsn((u64::from(it) * EACH) << 24) });
         let history = History::of_ancestors(TimelineId(timeline), ancestors.collect()).unwrap();
         inventory.histories.extend((timeline > 1).then_some((TimelineId(timeline), history)));
         let numbers = (u64::from(timeline) - 1) * EACH + 1..=u64::from(timeline) * EACH;

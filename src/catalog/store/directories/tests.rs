@@ -80,15 +80,15 @@ fn entry(number: u64, raw_crc32: u32, proof: Proof) -> IndexEntry {
     let summary = SegmentSummary {
         proof,
         record_count: number,
-        last_commit: (number % 3 != 0).then_some(Commit { xid: 9, lsn: start_lsn, time }),
-        min_commit_time: (number % 4 != 0).then_some(at(1)),
-        max_commit_time: (number % 4 != 0).then_some(time.max(at(1))),
-        min_xid: (number % 5 != 0).then_some(7),
-        max_xid: (number % 5 != 0).then_some(9),
+        last_commit: (!number.is_multiple_of(3)).then_some(Commit { xid: 9, lsn: start_lsn, time }),
+        min_commit_time: (!number.is_multiple_of(4)).then_some(at(1)),
+        max_commit_time: (!number.is_multiple_of(4)).then_some(time.max(at(1))),
+        min_xid: (!number.is_multiple_of(5)).then_some(7),
+        max_xid: (!number.is_multiple_of(5)).then_some(9),
         restore_points: (0..number % 3)
             .map(|n| RestorePoint { name: format!("p{number}-{n}"), lsn: start_lsn, time })
             .collect(),
-        truncated: number % 6 == 0,
+        truncated: number.is_multiple_of(6),
         ..SegmentSummary::empty(None)
     };
     let (raw_bytes, stored_bytes) = (MIB, 3);
@@ -151,7 +151,7 @@ impl Made {
 
     fn tail(&self, number: u64, epoch: u32, from: u64, to: u64) -> Key {
         let (from, to) = (Lsn(number * MIB + from), Lsn(number * MIB + to));
-        let last_commit = (number % 2 == 0).then(|| at(number as i64));
+        let last_commit = number.is_multiple_of(2).then(|| at(number as i64));
         let tail = TailName { epoch: Epoch(epoch), from, to, raw_crc32: epoch, last_commit, form: Form::Plain };
         let key = self.archive.lineage.tail(name(number), &tail);
         put(&self.store, key.clone(), b"x");
