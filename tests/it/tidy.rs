@@ -138,9 +138,9 @@ impl Source {
         places.iter().any(|place| if place.ends_with('/') { self.path.starts_with(place) } else { self.path == *place })
     }
 
-    /// A file of tests beside the file they test.
+    /// A file of tests beside the file they test, or one of several.
     fn is_tests(&self) -> bool {
-        self.path.ends_with("/tests.rs")
+        self.path.ends_with("/tests.rs") || self.path.contains("/tests/")
     }
 
     /// The folder or file directly below src/: `wal` for src/wal/lsn.rs, `error` for src/error.rs.
