@@ -96,7 +96,8 @@ pub trait Backend: fmt::Debug + Send + Sync {
         true
     }
 
-    /// Begins an object that is written piece by piece; it does not exist until [`Upload::complete`].
+    /// Begins an object that is written piece by piece; it does not exist until [`Upload::complete`], which alone finds
+    /// that the name is taken: whoever has written all of it can compare.
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError>;
 
     /// The object's size in bytes, or `None` when the store answers that it is not there.

@@ -160,7 +160,7 @@ impl Backend for LocalBackend {
         let operation = self.operation("store", key, body.iter().map(|part| part.len() as u64).sum());
         let (key, body) = (key.clone(), body.to_vec());
         self.run(operation, move |shared| {
-            let mut temp = shared.new_file(&key)?;
+            let mut temp = shared.new_file(&key, Shared::in_free_place)?;
             temp.write(&body)?;
             Ok(temp.persist_new(key.file_name())?)
         })
@@ -169,7 +169,11 @@ impl Backend for LocalBackend {
 
     async fn begin_upload(&self, key: &Key) -> Result<Box<dyn Upload>, StoreError> {
         let new = key.clone();
-        let temp = self.run(self.operation("store", key, 0), move |shared| shared.new_file(&new)).await?;
+        let temp = self
+            .run(self.operation("store", key, 0), move |shared| {
+                shared.new_file(&new, |directory, _| TempFile::create(directory))
+            })
+            .await?;
         let file = UploadFile { temp, gathered: Vec::new(), gathered_bytes: 0, written: 0 };
         Ok(Box::new(LocalUpload { backend: self.clone(), key: key.clone(), file: Some(file) }))
     }
@@ -280,12 +284,15 @@ impl Shared {
         Ok(directory)
     }
 
-    /// An unnamed file beside where the object will be. Refuses at once when the name is taken, so that a retry
-    /// is answered on a full disk too.
-    fn new_file(&self, key: &Key) -> Result<TempFile, Failed> {
+    /// A file beside where `key` will be, made by `create` from the directory and the object's name in it.
+    fn new_file(
+        &self,
+        key: &Key,
+        create: impl Fn(Directory, &str) -> io::Result<TempFile>,
+    ) -> Result<TempFile, Failed> {
         for _ in 0..PRUNE_RACES_MAX {
             let root = self.root()?;
-            match self.try_new_file(&root, key) {
+            match self.directory_of(&root, key).and_then(|directory| create(directory, key.file_name())) {
                 // The directory was emptied and removed between two of our calls: make it again.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => self.forget(parent(key)),
                 result => return Ok(result?),
@@ -294,13 +301,18 @@ impl Shared {
         Err(Failed::new(StoreErrorKind::Unavailable, "its directory is removed again and again".to_string()))
     }
 
-    fn try_new_file(&self, root: &Directory, key: &Key) -> io::Result<TempFile> {
+    fn directory_of(&self, root: &Directory, key: &Key) -> io::Result<Directory> {
         let directory = match lock(&self.synced).contains(parent(key)) {
             true => root.open_below(parent(key))?,
             false => root.create_below(parent(key))?,
         };
         self.remember(parent(key));
-        match directory.stat_link(key.file_name()) {
+        Ok(directory)
+    }
+
+    /// Refuses at once when the name is taken, so that a retry is answered on a full disk too.
+    fn in_free_place(directory: Directory, name: &str) -> io::Result<TempFile> {
+        match directory.stat_link(name) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => TempFile::create(directory),
             Err(error) => Err(error),
             Ok(_) => {

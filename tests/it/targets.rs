@@ -4,7 +4,7 @@
 use std::fs;
 
 use jiff::Timestamp;
-use seawall::catalog::backup::{BackupFile, ManifestEntry};
+use seawall::catalog::backup::{BackupFile, BeginFile, ManifestEntry};
 use seawall::catalog::index::Crc32;
 use seawall::repository::layout::{BackupId, BackupType};
 use seawall::restore::marker::{RestoreId, RestoreMarker};
@@ -61,6 +61,20 @@ fn take(server: &Server, archive: &Archived, second: i64) -> Taken {
         config: Vec::new(),
         version: "0.1.0".into(),
     };
+    let begin = BeginFile {
+        schema: 1,
+        id,
+        backup_type: BackupType::Full,
+        parent: None,
+        label: None,
+        started: finished,
+        slot_restart_lsn: file.start_lsn,
+        timeline: file.timeline,
+        lease: None,
+        host: None,
+        version: file.version.clone(),
+    };
+    assert!(archived::block_on(stored.begin_backup(&begin)).expect("it can be written"));
     assert!(archived::block_on(stored.commit_backup(&file)).expect("it can be written"));
     Taken { id, copy, stop_lsn }
 }

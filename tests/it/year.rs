@@ -32,7 +32,7 @@ struct Year {
 impl Year {
     fn begin(major: u32, clock: ModelClock) -> Year {
         let clock = Arc::new(clock);
-        let server = Server::builder(major).wal_segment_mib(1).clock(&clock).start();
+        let server = Server::builder(major).wal_segment_mib(1).setting("wal_sender_timeout", "0").clock(&clock).start();
         create_journal(&server);
         let archive = Archived::of(&server);
         archive.configure(&format!(
