@@ -104,12 +104,18 @@ impl<'a> Promise<'a> {
     }
 
     pub fn broken(&self, after: &Archive) -> Option<String> {
+        self.broken_for(after, Eyes::Reader)
+    }
+
+    /// `holders`: with whose eyes pins and running backups look at what is left. Until an expire has come to taking back,
+    /// what an earlier one announced and nobody decided about is announced still.
+    pub fn broken_for(&self, after: &Archive, holders: Eyes) -> Option<String> {
         let left = ways(after, Eyes::Reader);
         self.window(&left)
             .or_else(|| self.newest(&left))
             .or_else(|| self.backups(after, &left))
             .or_else(|| self.onwards(&left))
-            .or_else(|| self.held(after))
+            .or_else(|| self.held(after, holders))
     }
 
     fn window(&self, left: &[Way]) -> Option<String> {
@@ -219,10 +225,10 @@ impl<'a> Promise<'a> {
     }
 
     /// Live pins and running backups, whatever was announced; what was confirmed before they came is not theirs.
-    fn held(&self, after: &Archive) -> Option<String> {
+    fn held(&self, after: &Archive, eyes: Eyes) -> Option<String> {
         for (id, pin) in self.before.pins.iter().filter(|(_, pin)| pin.is_live) {
             let backup = pin.file.backup;
-            if is_chain_there(self.before, backup, Eyes::Holder) && !is_chain_there(after, backup, Eyes::Reader) {
+            if is_chain_there(self.before, backup, Eyes::Holder) && !is_chain_there(after, backup, eyes) {
                 return Some(format!("pin {id}: backup {backup} or what it builds on"));
             }
             let Some(of) = self.before.backups.get(&backup) else { continue };
@@ -234,7 +240,7 @@ impl<'a> Promise<'a> {
                 (Some(_), None) => u64::MAX,
             };
             let was = walk(self.before, line, from, Eyes::Holder).min(until);
-            let is = walk(after, line, from, Eyes::Reader).min(until);
+            let is = walk(after, line, from, eyes).min(until);
             if is < was {
                 return Some(format!("pin {id}: WAL of line {line} from {from:#x} to {was:#x} ends at {is:#x}"));
             }
@@ -244,7 +250,7 @@ impl<'a> Promise<'a> {
                 continue;
             }
             let parent = running.parent.filter(|it| is_chain_there(self.before, *it, Eyes::Holder));
-            if parent.is_some_and(|it| !is_chain_there(after, it, Eyes::Reader)) || after.backups[id].is_dead {
+            if parent.is_some_and(|it| !is_chain_there(after, it, eyes)) || after.backups[id].is_dead {
                 return Some(format!("running backup {id} or its parent"));
             }
             let path = self.before.path(running.timeline);
@@ -254,7 +260,11 @@ impl<'a> Promise<'a> {
                     let (low, high) = (number * SEGMENT, (number + 1) * SEGMENT);
                     low < end && high > running.slot_restart && high > begin
                 });
-                let is_gone = !after.segments.contains_key(&(timeline, number)) || after.is_announced(timeline, number);
+                let is_gone = !after.segments.contains_key(&(timeline, number))
+                    || match eyes {
+                        Eyes::Reader => after.is_announced(timeline, number),
+                        Eyes::Holder => after.is_confirmed(timeline, number),
+                    };
                 if needed && is_gone && !self.before.is_confirmed(timeline, number) {
                     return Some(format!("running backup {id}: segment {number} of timeline {timeline}"));
                 }

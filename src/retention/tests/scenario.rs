@@ -238,7 +238,7 @@ impl Scenario {
             for gone in plan.removed_backups().filter(|it| !it.is_dead) {
                 self.archive.backups.get_mut(&gone.id).unwrap().is_dead = false;
             }
-            return match promise.broken(&self.archive) {
+            return match promise.broken_for(&self.archive, Eyes::Holder) {
                 Some(broken) => Err(format!("withdrawn: {broken}")),
                 None => Ok(()),
             };
@@ -279,7 +279,7 @@ impl Scenario {
         for delete in std::mem::take(&mut self.late) {
             self.delete(delete)?;
         }
-        match promise.broken(&self.archive) {
+        match promise.broken_for(&self.archive, Eyes::Holder) {
             Some(broken) => Err(format!("late batch: {broken}")),
             None => Ok(()),
         }
