@@ -158,7 +158,7 @@ impl Archive {
         let commits = self.timelines.values().flat_map(|it| &it.commits).map(|it| it.recorded);
         let backups = self.backups.values().map(|it| it.stopped.map_or(it.started, |(_, at, _)| at));
         let pins = self.pins.values().map(|it| it.created);
-        commits.chain(backups).chain(pins).chain(self.ledger.iter().copied()).max().unwrap_or(self.created)
+        commits.chain(backups).chain(pins).chain(self.ledger.iter().copied()).fold(self.created, i64::max)
     }
 
     /// Whoever restores does so every hour.

@@ -136,9 +136,11 @@ impl Scenario {
         };
         self.time.was_wrong |= offset != 0;
         let was_behind = self.time.offset < offset && self.time.clock() < self.archive.latest_time();
+        // By less than that a clock that jumps cannot be told from time that passed.
+        let is_like_time = (0..=8 * DAY).contains(&(offset - self.time.offset));
         self.time.offset = offset;
-        if was_behind {
-            // What a clock that was behind said of a pin cannot be told from a pin that lapsed, until it is renewed.
+        if was_behind || is_like_time {
+            // What either clock said of a pin cannot be told from a pin that lapsed, until it is renewed.
             self.archive.renew_pins(self.time);
         }
     }
