@@ -158,6 +158,12 @@ pub fn announcements<'a>(facts: &'a [LedgerFact]) -> impl Iterator<Item = &'a Le
     facts.iter().filter(move |fact| fact.kind == FactKind::Expired && !is_withdrawn(fact))
 }
 
+/// The announcements that are confirmed: what they name may be deleted at any moment, by whoever confirmed it.
+pub fn confirmed(facts: &[LedgerFact]) -> BTreeSet<u64> {
+    let confirmed = facts.iter().filter(|fact| fact.kind == FactKind::ExpiredConfirmed);
+    confirmed.filter_map(LedgerFact::announcement).collect()
+}
+
 /// Everything that `expire` has announced it deletes: readers act as if it were gone already.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Expired {
@@ -169,6 +175,15 @@ impl Expired {
     pub fn of(facts: &[LedgerFact]) -> Expired {
         let ranges = announcements(facts).flat_map(|fact| fact.segments.iter().copied()).collect();
         Expired { ranges, backups: announcements(facts).flat_map(LedgerFact::expired_backups).collect() }
+    }
+
+    /// What of it is confirmed, and cannot be taken back.
+    pub fn confirmed(facts: &[LedgerFact]) -> Expired {
+        let confirmed = confirmed(facts);
+        let is_confirmed = |fact: &&LedgerFact| fact.announcement().is_some_and(|id| confirmed.contains(&id));
+        let ranges = announcements(facts).filter(is_confirmed).flat_map(|fact| fact.segments.iter().copied()).collect();
+        let backups = announcements(facts).filter(is_confirmed).flat_map(LedgerFact::expired_backups).collect();
+        Expired { ranges, backups }
     }
 
     pub fn is_empty(&self) -> bool {

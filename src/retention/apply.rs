@@ -16,8 +16,9 @@
 //! * An announcement is confirmed or withdrawn by creating one and the same name: of two processes that take an announcement
 //!   for theirs, only one decides. Nothing is deleted without that, so one that slept through being withdrawn deletes nothing.
 //! * What is confirmed is deleted by whoever comes next, if the one who confirmed it does not.
-//! * The lease, confirmed before each batch, keeps two from working at one time. It is not what makes it safe but for one
-//!   thing: an announcement that was confirmed and is taken back nevertheless, because what replaced it turned out damaged.
+//! * What is confirmed is never taken back, whoever needs it: its deletes may come at any moment, also from one that was
+//!   paused and has lost its lease. Who began to need it came after the announcement, and has seen it.
+//! * The lease, confirmed before each batch, keeps two from working at one time. It is not what makes it safe.
 
 use std::sync::Arc;
 
@@ -138,11 +139,14 @@ pub async fn expire(job: &Job<'_>) -> Result<Expiry, Failure> {
             Word::Stands => job.confirm_earlier(&inventory, &plan).await?,
             withdrawn => withdrawn,
         };
+        let word = match word {
+            Word::Stands => job.take_back(&inventory, &plan).await?,
+            withdrawn => withdrawn,
+        };
         if let Word::Withdrawn(why) = word {
             tracing::info!(cluster = job.archive.lineage.cluster, "nothing is deleted yet: {}", why.join("; "));
             continue;
         }
-        job.take_back(&inventory, &plan).await?;
         let (freed, locked) = Deleting::new(job, &plan).run().await?;
         return Ok(Expiry { plan, freed, locked });
     }
@@ -214,7 +218,8 @@ impl Job<'_> {
     /// Says what goes, and looks whether anybody needs it.
     async fn announce(&self, inventory: &Inventory, plan: &Plan) -> Result<Word, Failure> {
         let going: Vec<BackupId> = plan.removed_backups().map(|verdict| verdict.id).collect();
-        let is_new = !plan.announce.is_empty() || plan.removed_backups().any(|verdict| !verdict.is_dead);
+        let is_open = |verdict: &BackupVerdict| !verdict.is_dead || !verdict.is_announced;
+        let is_new = !plan.announce.is_empty() || plan.removed_backups().any(is_open);
         if !is_new {
             return Ok(Word::Stands);
         }
@@ -282,26 +287,26 @@ impl Job<'_> {
         Ok(facts)
     }
 
-    /// Takes back what earlier runs have announced and the plan keeps.
-    async fn take_back(&self, inventory: &Inventory, plan: &Plan) -> Result<(), Failure> {
+    /// Takes back what earlier runs have announced and the plan keeps. None of it was confirmed when the plan was made; where
+    /// that is so by now, its deletes may be under way and nothing of it is taken back.
+    async fn take_back(&self, inventory: &Inventory, plan: &Plan) -> Result<Word, Failure> {
         let revived: Vec<BackupId> =
             plan.backups.iter().filter(|it| it.fate == Fate::TakeBack).map(|it| it.id).collect();
         if revived.is_empty() && plan.withdraw.is_empty() {
-            return Ok(());
+            return Ok(Word::Stands);
         }
         self.confirm().await?;
         for fact in self.announcements_of(inventory).await? {
-            let Some(id) = fact.announcement().filter(|id| plan.withdraw.contains(&format!("{id:016x}"))) else {
+            if !fact.announcement().is_some_and(|id| plan.withdraw.contains(&format!("{id:016x}"))) {
                 continue;
-            };
+            }
             let why = "what it names has to stay";
             if self.decide(&fact, Decision::Withdrawn, why).await? == Decision::Confirmed {
-                // It was begun to be carried out, and whoever did so is gone: the lease is ours.
-                let word = LedgerFact::new(FactKind::ExpiredWithdrawn, (self.now)(), why).with_announcement(id);
-                self.archive.append_ledger(&word, (self.random)() as u32).await?;
+                return Ok(Word::Withdrawn(vec!["an earlier announcement was confirmed meanwhile".to_string()]));
             }
         }
-        self.revive(&revived).await
+        self.revive(&revived).await?;
+        Ok(Word::Stands)
     }
 
     async fn revive(&self, backups: &[BackupId]) -> Result<(), Failure> {

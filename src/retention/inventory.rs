@@ -79,13 +79,15 @@ pub struct HeldSegment {
     covered: u32,
     /// An announcement in force names it: readers act as if it were gone.
     pub is_expired: bool,
+    /// A confirmed one does: whoever confirmed it may delete it at any moment.
+    pub is_confirmed: bool,
 }
 
 const NEVER: i64 = i64::MIN;
 
 impl HeldSegment {
     pub fn new(number: SegmentNumber) -> HeldSegment {
-        HeldSegment { number, bytes: 0, latest: NEVER, objects: 0, covered: 0, is_expired: false }
+        HeldSegment { number, bytes: 0, latest: NEVER, objects: 0, covered: 0, is_expired: false, is_confirmed: false }
     }
 
     /// Adds an object of the name.
@@ -141,6 +143,8 @@ pub struct HeldBackup {
     /// What `backup.json` says, where it is there.
     pub completed: Option<Completed>,
     pub is_dead: bool,
+    /// A confirmed announcement names it: whoever confirmed it may delete it at any moment.
+    pub is_confirmed: bool,
     /// Objects are missing that `backup.json` names, or an open `damaged` fact names it.
     pub is_damaged: bool,
     /// The ledger says that it failed.
@@ -201,6 +205,7 @@ impl HeldBackup {
             begun,
             completed: record.backup.as_ref().map(Completed::of),
             is_dead: record.is_dead,
+            is_confirmed: false,
             is_damaged: false,
             is_failed: false,
             is_leased_alive: true,
@@ -246,6 +251,9 @@ pub struct Announcement {
     pub id: Option<String>,
     pub at: Timestamp,
     pub segments: Vec<SegmentRange>,
+    pub backups: Vec<BackupId>,
+    /// It is decided: it cannot be withdrawn any more.
+    pub is_confirmed: bool,
 }
 
 /// An object that nothing looks at.

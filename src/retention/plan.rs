@@ -8,7 +8,7 @@ use std::ops::Range;
 use jiff::Timestamp;
 
 use super::calendar::Calendar;
-use super::inventory::{Debris, DebrisKind, HeldBackup, HeldSegment, Inventory, PIN_GRACE};
+use super::inventory::{Announcement, Debris, DebrisKind, HeldBackup, HeldSegment, Inventory, PIN_GRACE};
 use super::needs::{Needs, Scope, WalNeed, is_in_force};
 use super::policy::{Policy, words};
 use super::survey::{Survey, evidence};
@@ -75,6 +75,8 @@ pub struct BackupVerdict {
     pub fate: Fate,
     /// `dead.json` is there.
     pub is_dead: bool,
+    /// An announcement that stays in force names it.
+    pub is_announced: bool,
     /// Sentences; at least one.
     pub reasons: Vec<String>,
     pub bytes: u64,
@@ -148,13 +150,17 @@ pub fn plan(inventory: &Inventory, policy: &Policy, now: Timestamp, standing: &S
     let verdicts = Verdicts { survey: &survey, policy, needs: &needs, scope, left_behind };
     let wal: Vec<WalVerdict> =
         inventory.wal.iter().flat_map(|(&timeline, held)| verdicts.wal(timeline, held)).collect();
-    let (announce, gone) = verdicts.announcements(&wal);
-    let withdraw = verdicts.withdrawn(&wal, &mut notes);
+    let mut backups: Vec<BackupVerdict> = inventory.backups.iter().map(|held| verdicts.backup(held)).collect();
+    let withdraw = verdicts.withdrawn(&wal, &backups, &mut notes);
+    for verdict in &mut backups {
+        verdict.is_announced = verdicts.standing(&withdraw).any(|it| it.backups.contains(&verdict.id));
+    }
+    let (announce, gone) = verdicts.announcements(&wal, !withdraw.is_empty());
     let is_gone = |name: &IndexName| gone.iter().any(|range| range.first <= name.first && name.last <= range.last);
     let indexes = inventory.indexes.iter().filter(|held| scope != Scope::Nothing && is_gone(&held.name));
     Plan {
         lineage: inventory.lineage.clone(),
-        backups: inventory.backups.iter().map(|held| verdicts.backup(held)).collect(),
+        backups,
         indexes: indexes.map(|held| IndexVerdict { name: held.name, bytes: held.bytes }).collect(),
         debris: if scope == Scope::Nothing { Vec::new() } else { verdicts.debris(&withdraw) },
         wal,
@@ -217,13 +223,14 @@ impl Verdicts<'_, '_> {
             _ if is_known => Outcome::Abandoned,
             _ => Outcome::Unknown,
         };
+        let is_whole = held.completed.is_some() && !held.is_damaged;
         let removed = |reason: &str| (Fate::Remove, vec![reason.to_string()]);
         let (fate, reasons) = match outcome {
             _ if self.scope == Scope::Nothing => (Fate::Keep, vec!["no retention is configured".to_string()]),
             Outcome::Unknown => (Fate::Keep, vec!["nothing in it says that it is a backup of ours".to_string()]),
             Outcome::Expiring => match kept {
                 // In part it is of no use to anybody.
-                Some(reasons) if self.needs.held.contains(&held.id) && held.completed.is_some() && !held.is_damaged => {
+                Some(reasons) if self.needs.held.contains(&held.id) && is_whole && !held.is_confirmed => {
                     (Fate::TakeBack, reasons.clone())
                 }
                 _ => removed("it was announced as expired earlier"),
@@ -240,6 +247,7 @@ impl Verdicts<'_, '_> {
             outcome,
             fate,
             is_dead: held.is_dead,
+            is_announced: false,
             reasons,
             bytes: held.bytes,
             objects: held.objects,
@@ -283,17 +291,25 @@ impl Verdicts<'_, '_> {
             rest = after;
             let Some(first) = part.first() else { continue };
             let here: Vec<&WalNeed> = needs.iter().filter(|need| need.segments.contains(&pair[0])).collect();
-            for segments in part.chunk_by(|one, next| one.is_expired == next.is_expired) {
-                let (fate, reason) = self.wal_fate(timeline, first.number, segments[0].is_expired, &here);
+            let state = |held: &HeldSegment| (held.is_expired, held.is_confirmed);
+            for segments in part.chunk_by(|one, next| state(one) == state(next)) {
+                let (fate, reason) = self.wal_fate(timeline, first.number, &segments[0], &here);
                 self.add_wal(&mut verdicts, timeline, segments, fate, reason);
             }
         }
         verdicts
     }
 
-    fn wal_fate(&self, timeline: TimelineId, at: SegmentNumber, announced: bool, needs: &[&WalNeed]) -> (Fate, String) {
-        let held = needs.iter().find(|need| need.is_held());
-        match (announced, needs.first(), held) {
+    fn wal_fate(
+        &self,
+        timeline: TimelineId,
+        at: SegmentNumber,
+        segment: &HeldSegment,
+        needs: &[&WalNeed],
+    ) -> (Fate, String) {
+        // What is confirmed may be deleted at any moment: whoever needs it came too late, and has seen that.
+        let held = needs.iter().find(|need| need.is_held() && !segment.is_confirmed);
+        match (segment.is_expired, needs.first(), held) {
             (true, ..) if self.scope == Scope::Nothing => (Fate::Keep, "no retention is configured".to_string()),
             (true, _, Some(need)) => (Fate::TakeBack, need.reason.clone()),
             (true, _, None) => (Fate::Remove, "it was announced as expired earlier".to_string()),
@@ -357,9 +373,10 @@ impl Verdicts<'_, '_> {
     ///
     /// Between two segments that go, names that nothing needs go with them, there or not: a hole between them is nobody's
     /// any more. Names that something needs are never announced, but for those that are gone already.
-    fn announcements(&self, wal: &[WalVerdict]) -> (Vec<SegmentRange>, Vec<SegmentRange>) {
+    fn announcements(&self, wal: &[WalVerdict], withdraws: bool) -> (Vec<SegmentRange>, Vec<SegmentRange>) {
         let inventory = self.survey.inventory;
-        let (mut all, mut is_new) = (Vec::new(), false);
+        // What else a withdrawn one names is to stand in another before anything that it says is relied upon.
+        let (mut all, mut is_new) = (Vec::new(), withdraws);
         let of_announced = inventory.announcements.iter().flat_map(|it| &it.segments).map(|range| range.first.timeline);
         let of_indexes = inventory.indexes.iter().map(|it| it.name.first.timeline);
         let held = inventory.wal.keys().copied().chain(of_indexes);
@@ -413,8 +430,9 @@ impl Verdicts<'_, '_> {
         (range.start < range.end).then(|| SegmentRange { first: name(range.start), last: name(range.end - 1) })
     }
 
-    /// The announcements that name what is taken back.
-    fn withdrawn(&self, wal: &[WalVerdict], notes: &mut Vec<String>) -> Vec<String> {
+    /// The announcements that name what stays after all. A confirmed one never does: nothing of it is taken back.
+    fn withdrawn(&self, wal: &[WalVerdict], backups: &[BackupVerdict], notes: &mut Vec<String>) -> Vec<String> {
+        let stays = |id: &BackupId| backups.iter().any(|it| it.id == *id && it.fate != Fate::Remove);
         let taken_back: Vec<&WalVerdict> = wal.iter().filter(|it| it.fate == Fate::TakeBack).collect();
         let names = |range: &SegmentRange| {
             let overlaps = |it: &&WalVerdict| {
@@ -423,7 +441,9 @@ impl Verdicts<'_, '_> {
             taken_back.iter().any(overlaps)
         };
         let mut withdrawn = Vec::new();
-        for announcement in self.survey.inventory.announcements.iter().filter(|it| it.segments.iter().any(names)) {
+        let is_wrong = |it: &&Announcement| it.segments.iter().any(names) || it.backups.iter().any(stays);
+        let is_open = |it: &&Announcement| !it.is_confirmed && self.scope != Scope::Nothing;
+        for announcement in self.survey.inventory.announcements.iter().filter(is_open).filter(is_wrong) {
             match &announcement.id {
                 Some(id) => withdrawn.push(id.clone()),
                 None => notes.push(format!(
@@ -456,24 +476,34 @@ impl Verdicts<'_, '_> {
         debris
     }
 
+    /// Those that stay in force.
+    fn standing(&self, withdraw: &[String]) -> impl Iterator<Item = &Announcement> {
+        let announcements = self.survey.inventory.announcements.iter();
+        announcements.filter(move |it| it.id.as_ref().is_none_or(|id| !withdraw.contains(id)))
+    }
+
     /// Announcements all of whose names stand in a later one. Those of this run count from the next one on.
     fn superseded(&self, withdraw: &[String]) -> Vec<Debris> {
-        let standing = self.survey.inventory.announcements.iter();
-        let standing: Vec<_> = standing.filter(|it| it.id.as_ref().is_none_or(|id| !withdraw.contains(id))).collect();
+        let standing: Vec<&Announcement> = self.standing(withdraw).collect();
+        // `dead.json` goes last: without it there is nothing left to announce.
+        let dead: BTreeSet<BackupId> =
+            self.survey.inventory.backups.iter().filter(|it| it.is_dead).map(|it| it.id).collect();
         let has = |whole: &[SegmentRange], part: &SegmentRange| {
             let covers = |it: &SegmentRange| {
                 it.first.timeline == part.first.timeline && it.first <= part.first && part.last <= it.last
             };
             whole.iter().any(covers)
         };
-        let is_superseded = |old: &&&super::Announcement| {
+        let is_superseded = |old: &&&Announcement| {
             standing.iter().any(|new| {
-                (old.at, &old.key) < (new.at, &new.key) && old.segments.iter().all(|part| has(&new.segments, part))
+                (old.at, &old.key) < (new.at, &new.key)
+                    && old.segments.iter().all(|part| has(&new.segments, part))
+                    && old.backups.iter().all(|id| !dead.contains(id) || new.backups.contains(id))
             })
         };
         let superseded = standing.iter().filter(is_superseded);
         let object =
-            |it: &&super::Announcement| Debris { kind: DebrisKind::Announcement, key: it.key.clone(), bytes: it.bytes };
+            |it: &&Announcement| Debris { kind: DebrisKind::Announcement, key: it.key.clone(), bytes: it.bytes };
         superseded.map(object).collect()
     }
 }

@@ -31,6 +31,7 @@ pub async fn read(archive: &Archive, now: Timestamp) -> Result<Inventory, Catalo
     let ledger = archive.ledger_objects().await?;
     let facts: Vec<LedgerFact> = ledger.iter().map(|(_, fact)| fact.clone()).collect();
     let (expired, damages) = (Expired::of(&facts), Damages::of(&facts));
+    let confirmed = Expired::confirmed(&facts);
     read_ledger(&mut inventory, &ledger, &facts);
     let (_, directories) = archive.wal_listing().await?;
     inventory.histories = archive.histories().await?;
@@ -43,7 +44,7 @@ pub async fn read(archive: &Archive, now: Timestamp) -> Result<Inventory, Catalo
         if !of_nested.is_empty() {
             nested.push(of_nested);
         }
-        add_directory(&mut inventory, &lineage, &contents, &expired);
+        add_directory(&mut inventory, &lineage, &contents, [&expired, &confirmed]);
     };
     archive.each_directory(directories, size, take).await?;
     for names in nested {
@@ -56,6 +57,9 @@ pub async fn read(archive: &Archive, now: Timestamp) -> Result<Inventory, Catalo
         add_debris(&mut inventory, debris);
     }
     inventory.backups = read_backups(archive, &damages, now).await?;
+    for held in &mut inventory.backups {
+        held.is_confirmed = confirmed.backups().contains(&held.id);
+    }
     inventory.pins = read_pins(archive).await?;
     let leases = archive.old_leases().await?;
     add_debris(&mut inventory, leases.into_iter().map(|HeldObject { key, bytes }| (DebrisKind::Lease, key, bytes)));
@@ -97,14 +101,16 @@ fn read_ledger(inventory: &mut Inventory, ledger: &[(HeldObject, LedgerFact)], f
     let in_force: Vec<&LedgerFact> = ledger::announcements(facts).collect();
     let announced: BTreeSet<u64> =
         facts.iter().filter(|fact| fact.kind == FactKind::Expired).filter_map(LedgerFact::announcement).collect();
+    let confirmed = ledger::confirmed(facts);
     let mut withdrawn = Vec::new();
     for (HeldObject { key, bytes }, fact) in ledger {
         let (key, bytes) = (key.clone(), *bytes);
         match fact.kind {
             FactKind::Expired if in_force.contains(&fact) => {
                 let id = fact.details.get(ANNOUNCEMENT).and_then(|id| id.as_str()).map(str::to_string);
-                let (at, segments) = (fact.at, fact.segments.clone());
-                inventory.announcements.push(Announcement { key, bytes, id, at, segments });
+                let (at, segments, backups) = (fact.at, fact.segments.clone(), fact.expired_backups().collect());
+                let is_confirmed = fact.announcement().is_some_and(|id| confirmed.contains(&id));
+                inventory.announcements.push(Announcement { key, bytes, id, at, segments, backups, is_confirmed });
             }
             FactKind::Expired => withdrawn.push((DebrisKind::Announcement, key, bytes)),
             // A decision goes after what it decides about: while that is there it has to be known.
@@ -137,7 +143,7 @@ fn add_directory(
     inventory: &mut Inventory,
     lineage: &Lineage,
     contents: &DirectoryContents<Digest>,
-    expired: &Expired,
+    [expired, confirmed]: [&Expired; 2],
 ) {
     let size = contents.segment_size;
     let mut segments: BTreeMap<SegmentName, HeldSegment> = BTreeMap::new();
@@ -148,6 +154,7 @@ fn add_directory(
     let mut debris = Vec::new();
     for (name, held) in &mut segments {
         held.is_expired = expired.contains(*name);
+        held.is_confirmed = confirmed.contains(*name);
         cover(held, *name, contents);
         if contents.sealed(*name).is_some() && !held.is_expired {
             let tails = contents.tails.get(name).into_iter().flatten();

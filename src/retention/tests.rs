@@ -5,6 +5,7 @@
 //! Seeds are fixed, so that a run is the same everywhere; `SEAWALL_RETENTION_SEEDS=from..to` runs others.
 
 mod cases;
+mod directed;
 mod model;
 mod oracle;
 mod scenario;

@@ -351,10 +351,18 @@ fn assert_gone(store: &MemoryStore, at: u64) {
 
 /// A restore of the backup of day 10, as far as it has to do with retention: it pins, then looks whether that was in time.
 async fn pin_in_time(store: &MemoryStore) -> bool {
+    match pin(store).await {
+        Some(pin) => is_in_time(store, pin).await,
+        None => false,
+    }
+}
+
+/// Unless it finds nothing to restore.
+async fn pin(store: &MemoryStore) -> Option<PinFile> {
     let (archive, backup) = (archive(store), id(10));
     let record = archive.backup_record(backup).await.unwrap();
     if record.complete().is_none() || archive.expired().await.unwrap().contains(name(10)) {
-        return false;
+        return None;
     }
     let pin = PinFile {
         schema: 1,
@@ -369,6 +377,11 @@ async fn pin_in_time(store: &MemoryStore) -> bool {
         host: None,
     };
     assert!(archive.put_pin(PinName { id: 5, number: 1 }, &pin).await.unwrap());
+    Some(pin)
+}
+
+async fn is_in_time(store: &MemoryStore, pin: PinFile) -> bool {
+    let (archive, backup) = (archive(store), pin.backup);
     let expired = archive.expired().await.unwrap();
     let is_in_time = archive.is_kept(backup).await.unwrap()
         && !expired.backups().contains(&backup)
@@ -516,6 +529,50 @@ async fn two_that_expire_at_once_take_nothing_from_each_other() {
             at += 1;
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_restore_that_looks_after_two_expiries_is_not_told_that_what_one_still_deletes_is_kept() {
+    // It has chosen before the first announces; it pins while that one is paused and has lost its lease; another one runs;
+    // only then it looks, and the first one goes on.
+    let (mut at, mut in_time, mut too_late) = (0, 0, 0);
+    loop {
+        let store = store();
+        let stepping = Stepping::new(&store, at, true);
+        let (backend, lease) = (stepping.clone(), Lease::default());
+        let first = expire_with(backend, &lease, 12);
+        tokio::pin!(first);
+        // Its word is not there yet while the first one runs; what it chose is.
+        let chosen = pin(&store).await.unwrap();
+        let key = lineage().pin(PinName { id: 5, number: 1 });
+        let word = store.objects()[&key].clone();
+        store.tamper(|objects| drop(objects.remove(&key)));
+        let is_paused = tokio::select! {
+            biased;
+            done = &mut first => { done.unwrap(); false }
+            () = stepping.reached.notified() => true,
+        };
+        if !is_paused {
+            break;
+        }
+        put(&store, &key, &word);
+        lease.is_lost.store(true, Ordering::SeqCst);
+        expire_with(Arc::new(store.clone()), &Lease::default(), 13).await.unwrap();
+        let is_pinned = is_in_time(&store, chosen).await;
+        stepping.gate.as_ref().unwrap().notify_one();
+        let _ = first.await;
+        assert_kept(&store, at).await;
+        match is_pinned {
+            true => {
+                in_time += 1;
+                assert!(whole_backups(&store, at).await.contains(&id(10)), "call {at}: it is pinned");
+                assert_restorable(&store, 10, at).await;
+            }
+            false => too_late += 1,
+        }
+        at += 1;
+    }
+    assert!(in_time > 10 && too_late > 10, "{in_time} in time, {too_late} too late");
 }
 
 #[tokio::test(start_paused = true)]

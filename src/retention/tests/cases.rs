@@ -180,6 +180,7 @@ fn a_million_segments() {
                 stop_lsn,
             }),
             is_dead: false,
+            is_confirmed: false,
             is_damaged: false,
             is_failed: false,
             is_leased_alive: false,

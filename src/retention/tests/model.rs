@@ -158,7 +158,7 @@ impl Archive {
         let commits = self.timelines.values().flat_map(|it| &it.commits).map(|it| it.recorded);
         let backups = self.backups.values().map(|it| it.stopped.map_or(it.started, |(_, at, _)| at));
         let pins = self.pins.values().map(|it| it.created);
-        commits.chain(backups).chain(pins).chain(self.ledger.iter().copied()).max().unwrap_or(self.created)
+        commits.chain(backups).chain(pins).chain(self.ledger.iter().copied()).fold(self.created, i64::max)
     }
 
     /// Whoever restores does so every hour.
@@ -285,9 +285,22 @@ impl Archive {
     }
 
     pub fn is_announced(&self, timeline: u32, number: u64) -> bool {
+        self.is_named(timeline, number, |_| true)
+    }
+
+    /// Whoever confirmed it may delete it at any moment.
+    pub fn is_confirmed(&self, timeline: u32, number: u64) -> bool {
+        self.is_named(timeline, number, |it| it.is_confirmed)
+    }
+
+    pub fn is_backup_confirmed(&self, id: BackupId) -> bool {
+        self.announcements.iter().any(|it| it.is_confirmed && it.backups.contains(&id))
+    }
+
+    fn is_named(&self, timeline: u32, number: u64, by: impl Fn(&&Announcement) -> bool) -> bool {
         let name = SegmentName::new(TimelineId(timeline), SegmentNumber(number), size());
         let has = |range: &SegmentRange| range.first <= name && name <= range.last;
-        self.announcements.iter().flat_map(|it| &it.segments).any(has)
+        self.announcements.iter().filter(by).flat_map(|it| &it.segments).any(has)
     }
 
     /// What a reader of the store would list.
@@ -306,6 +319,7 @@ impl Archive {
             held.add(1000);
             held.cover_to(Lsn(segment.covered_to), size());
             held.is_expired = self.is_announced(timeline, number);
+            held.is_confirmed = self.is_confirmed(timeline, number);
             if let Some(latest) = segment.latest {
                 held.saw_commit(stamp(latest));
             }
@@ -337,6 +351,7 @@ impl Archive {
                 begun: backup.has_begin.then_some(begun),
                 completed,
                 is_dead: backup.is_dead,
+                is_confirmed: self.is_backup_confirmed(id),
                 is_damaged: backup.is_damaged || backup.volumes < VOLUMES,
                 is_failed: backup.is_failed,
                 is_leased_alive: backup.is_alive,

@@ -15,17 +15,19 @@ pub struct Way {
     pub reach: u64,
 }
 
-/// Whether objects that are announced as expired are there.
+/// Whether objects that are announced as expired are there: not for a reader; for who came before the announcement, those
+/// that are not confirmed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Eyes {
     Reader,
-    Disk,
+    Holder,
 }
 
 fn is_there(archive: &Archive, id: BackupId, eyes: Eyes) -> Option<&Backup> {
     let backup = archive.backups.get(&id)?;
     let is_whole = backup.has_json && backup.volumes == VOLUMES && !backup.is_damaged;
-    (is_whole && (eyes == Eyes::Disk || !backup.is_dead)).then_some(backup)
+    let is_visible = !backup.is_dead || eyes == Eyes::Holder && !archive.is_backup_confirmed(id);
+    (is_whole && is_visible).then_some(backup)
 }
 
 pub fn is_chain_there(archive: &Archive, id: BackupId, eyes: Eyes) -> bool {
@@ -41,7 +43,10 @@ pub fn walk(archive: &Archive, line: u32, from: u64, eyes: Eyes) -> u64 {
         let number = at / SEGMENT;
         let next = path.iter().filter_map(|&(timeline, begin, end)| {
             let segment = archive.segments.get(&(timeline, number))?;
-            let is_visible = eyes == Eyes::Disk || !archive.is_announced(timeline, number);
+            let is_visible = match eyes {
+                Eyes::Reader => !archive.is_announced(timeline, number),
+                Eyes::Holder => !archive.is_confirmed(timeline, number),
+            };
             let (low, high) = (begin / SEGMENT * SEGMENT, end.min(segment.covered_to));
             (is_visible && low <= at && at < high).then_some(high)
         });
@@ -99,12 +104,18 @@ impl<'a> Promise<'a> {
     }
 
     pub fn broken(&self, after: &Archive) -> Option<String> {
+        self.broken_for(after, Eyes::Reader)
+    }
+
+    /// `holders`: with whose eyes pins and running backups look at what is left. Until an expire has come to taking back,
+    /// what an earlier one announced and nobody decided about is announced still.
+    pub fn broken_for(&self, after: &Archive, holders: Eyes) -> Option<String> {
         let left = ways(after, Eyes::Reader);
         self.window(&left)
             .or_else(|| self.newest(&left))
             .or_else(|| self.backups(after, &left))
             .or_else(|| self.onwards(&left))
-            .or_else(|| self.held(after))
+            .or_else(|| self.held(after, holders))
     }
 
     fn window(&self, left: &[Way]) -> Option<String> {
@@ -213,11 +224,11 @@ impl<'a> Promise<'a> {
         held
     }
 
-    /// Live pins and running backups, whatever was announced.
-    fn held(&self, after: &Archive) -> Option<String> {
+    /// Live pins and running backups, whatever was announced; what was confirmed before they came is not theirs.
+    fn held(&self, after: &Archive, eyes: Eyes) -> Option<String> {
         for (id, pin) in self.before.pins.iter().filter(|(_, pin)| pin.is_live) {
             let backup = pin.file.backup;
-            if is_chain_there(self.before, backup, Eyes::Disk) && !is_chain_there(after, backup, Eyes::Reader) {
+            if is_chain_there(self.before, backup, Eyes::Holder) && !is_chain_there(after, backup, eyes) {
                 return Some(format!("pin {id}: backup {backup} or what it builds on"));
             }
             let Some(of) = self.before.backups.get(&backup) else { continue };
@@ -228,8 +239,8 @@ impl<'a> Promise<'a> {
                 (Some(_), Some(to)) => to.0,
                 (Some(_), None) => u64::MAX,
             };
-            let was = walk(self.before, line, from, Eyes::Disk).min(until);
-            let is = walk(after, line, from, Eyes::Reader).min(until);
+            let was = walk(self.before, line, from, Eyes::Holder).min(until);
+            let is = walk(after, line, from, eyes).min(until);
             if is < was {
                 return Some(format!("pin {id}: WAL of line {line} from {from:#x} to {was:#x} ends at {is:#x}"));
             }
@@ -238,8 +249,8 @@ impl<'a> Promise<'a> {
             if running.stopped.is_some() || running.is_failed || !running.is_alive || running.is_dead {
                 continue;
             }
-            let parent = running.parent.filter(|it| is_chain_there(self.before, *it, Eyes::Disk));
-            if parent.is_some_and(|it| !is_chain_there(after, it, Eyes::Reader)) || after.backups[id].is_dead {
+            let parent = running.parent.filter(|it| is_chain_there(self.before, *it, Eyes::Holder));
+            if parent.is_some_and(|it| !is_chain_there(after, it, eyes)) || after.backups[id].is_dead {
                 return Some(format!("running backup {id} or its parent"));
             }
             let path = self.before.path(running.timeline);
@@ -249,8 +260,12 @@ impl<'a> Promise<'a> {
                     let (low, high) = (number * SEGMENT, (number + 1) * SEGMENT);
                     low < end && high > running.slot_restart && high > begin
                 });
-                let is_gone = !after.segments.contains_key(&(timeline, number)) || after.is_announced(timeline, number);
-                if needed && is_gone {
+                let is_gone = !after.segments.contains_key(&(timeline, number))
+                    || match eyes {
+                        Eyes::Reader => after.is_announced(timeline, number),
+                        Eyes::Holder => after.is_confirmed(timeline, number),
+                    };
+                if needed && is_gone && !self.before.is_confirmed(timeline, number) {
                     return Some(format!("running backup {id}: segment {number} of timeline {timeline}"));
                 }
             }

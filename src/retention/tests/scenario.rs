@@ -136,9 +136,11 @@ impl Scenario {
         };
         self.time.was_wrong |= offset != 0;
         let was_behind = self.time.offset < offset && self.time.clock() < self.archive.latest_time();
+        // By less than that a clock that jumps cannot be told from time that passed.
+        let is_like_time = (0..=8 * DAY).contains(&(offset - self.time.offset));
         self.time.offset = offset;
-        if was_behind {
-            // What a clock that was behind said of a pin cannot be told from a pin that lapsed, until it is renewed.
+        if was_behind || is_like_time {
+            // What either clock said of a pin cannot be told from a pin that lapsed, until it is renewed.
             self.archive.renew_pins(self.time);
         }
     }
@@ -208,19 +210,19 @@ impl Scenario {
         let promise = Promise::new(&policy, self.time, &before, is_current);
         let stops = |rng: &mut Rng| !to_the_end && rng.u8(..10) == 0;
 
+        let known: Vec<Key> = before.announcements.iter().map(|it| it.key.clone()).collect();
         let announcement = self.announce(&plan);
         if stops(&mut self.rng) {
             return Ok(());
         }
-        self.take_back(&plan);
         for gone in plan.removed_backups() {
             if stops(&mut self.rng) {
                 return Ok(());
             }
             self.archive.backups.get_mut(&gone.id).unwrap().is_dead = true;
         }
-        if let Some(broken) = promise.broken(&self.archive) {
-            return Err(format!("announced: {broken}"));
+        if stops(&mut self.rng) {
+            return Ok(());
         }
         // Meanwhile a restore chooses, or has chosen before the announcement and pins only now.
         if !to_the_end && self.chance(40) {
@@ -231,17 +233,30 @@ impl Scenario {
                 }
             }
         }
-        let later = self.plan(standing);
+        let later = self.later_plan(&before, standing);
         if !plan.objections(&later).is_empty() {
             self.withdrawn += 1;
             self.archive.announcements.retain(|it| it.id.as_deref() != Some(&announcement));
             for gone in plan.removed_backups().filter(|it| !it.is_dead) {
                 self.archive.backups.get_mut(&gone.id).unwrap().is_dead = false;
             }
-            return match promise.broken(&self.archive) {
+            return match promise.broken_for(&self.archive, Eyes::Holder) {
                 Some(broken) => Err(format!("withdrawn: {broken}")),
                 None => Ok(()),
             };
+        }
+        self.confirm(|it| it.id.as_deref() == Some(&announcement));
+        if stops(&mut self.rng) {
+            return Ok(());
+        }
+        // What earlier runs have announced, and what becomes of it.
+        self.confirm(|it| known.contains(&it.key) && it.id.as_ref().is_none_or(|id| !plan.withdraw.contains(id)));
+        if stops(&mut self.rng) {
+            return Ok(());
+        }
+        self.take_back(&plan);
+        if let Some(broken) = promise.broken(&self.archive) {
+            return Err(format!("confirmed: {broken}"));
         }
         let mut deletes = self.deletes(&plan);
         let until = if to_the_end || self.rng.bool() { deletes.len() } else { self.rng.usize(..=deletes.len()) };
@@ -266,7 +281,7 @@ impl Scenario {
         for delete in std::mem::take(&mut self.late) {
             self.delete(delete)?;
         }
-        match promise.broken(&self.archive) {
+        match promise.broken_for(&self.archive, Eyes::Holder) {
             Some(broken) => Err(format!("late batch: {broken}")),
             None => Ok(()),
         }
@@ -314,7 +329,7 @@ impl Scenario {
     fn announce(&mut self, plan: &Plan) -> String {
         let id = self.archive.next;
         self.archive.next += 1;
-        if !plan.announce.is_empty() {
+        if !plan.announce.is_empty() || plan.removed_backups().any(|it| !it.is_dead || !it.is_announced) {
             self.archive.ledger.push(self.time.clock());
             self.archive.announcements.push(Announcement {
                 key: Key::new(format!("announcement-{id:08}")),
@@ -322,9 +337,25 @@ impl Scenario {
                 id: Some(id.to_string()),
                 at: stamp(self.time.real),
                 segments: plan.announce.clone(),
+                backups: plan.removed_backups().map(|it| it.id).collect(),
+                is_confirmed: false,
             });
         }
         id.to_string()
+    }
+
+    fn confirm(&mut self, which: impl Fn(&Announcement) -> bool) {
+        self.archive.announcements.iter_mut().filter(|it| which(it)).for_each(|it| it.is_confirmed = true);
+    }
+
+    /// With pins and backups read again, and announcements as they were.
+    fn later_plan(&self, before: &Archive, standing: &Standing) -> Plan {
+        let mut later = self.archive.clone();
+        later.announcements.clone_from(&before.announcements);
+        for (id, backup) in &mut later.backups {
+            backup.is_dead = before.backups.get(id).is_some_and(|it| it.is_dead);
+        }
+        plan(&later.inventory(), &self.policy, stamp(self.time.clock()), standing)
     }
 
     fn take_back(&mut self, plan: &Plan) {
@@ -452,7 +483,7 @@ impl Scenario {
         if let Some(index) = index {
             return Some(format!("index {index:?}, the oldest backup starts at {oldest:#x} of {active}"));
         }
-        if !self.archive.pins.is_empty() || self.archive.announcements.len() > 2 {
+        if !self.archive.pins.is_empty() || self.archive.announcements.len() > 3 {
             return Some(format!("{:?} {:?}", self.archive.pins, self.archive.announcements));
         }
         None
