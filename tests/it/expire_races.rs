@@ -17,12 +17,13 @@ use crate::support::s3_rig::{Reach, S3Rig};
 
 const DEADLINE: std::time::Duration = process::DEADLINE;
 const NEWEST_ONLY: &str = "retention.count = 1\n";
-const ALL: &str = "retention.count = 9\n";
 const BY_HAND: &str = "retention.automatic = false\n";
+/// For an agent and a backup of each archive at the same time; a copy may have no fewer.
+const SENDERS: &str = "20";
 
 fn server() -> Option<Server> {
     let server = Server::builder(postgres::newest_major()?).wal_segment_mib(1);
-    let server = server.setting("max_wal_senders", "20").setting("max_replication_slots", "20").start();
+    let server = server.setting("max_wal_senders", SENDERS).setting("max_replication_slots", "20").start();
     create_journal(&server);
     Some(server)
 }
@@ -66,11 +67,6 @@ impl<'a> Scene<'a> {
         format!("{} after {}", self.name, self.backups.len())
     }
 
-    /// For whoever reads the configuration from now on.
-    fn keep(&mut self, retention: &str) {
-        self.rig.settings = format!("{BY_HAND}{retention}");
-    }
-
     /// The program as the service user runs it, whose servers fetch with it.
     fn seawall(&self, arguments: &[&str]) -> Command {
         let ours = self.rig.command(arguments);
@@ -94,23 +90,44 @@ impl<'a> Scene<'a> {
         serde_json::from_str(&text).expect("it is JSON")
     }
 
-    /// An expiry that has met `rule`, whose request was never answered, and is stopped there. The store is honest again.
+    /// An expiry that is stopped where `rule` met it.
     fn stopped_expiry(&self, rule: Rule) -> Agent {
+        self.stopped(self.seawall(&["expire", "--apply", "--json"]), rule)
+    }
+
+    /// A process whose request, which `rule` met, was never answered, and that is stopped there. The store is honest again.
+    fn stopped(&self, command: Command, rule: Rule) -> Agent {
         let known = self.store.faulted();
         let rule = self.store.fault(rule);
-        let mut expiry = Agent::spawn(self.seawall(&["expire", "--apply", "--json"]));
+        let mut process = Agent::spawn(command);
         eventually(DEADLINE, "the step is reached", || {
-            assert!(expiry.is_running(), "{}: it ended before:\n{}", self.name, expiry.stdout());
+            assert!(process.is_running(), "{}: it ended before:\n{}", self.name, process.stdout());
             (self.store.faulted() > known).then_some(())
         });
-        expiry.signal(Signal::STOP);
-        let stat = format!("/proc/{}/stat", expiry.pid());
+        process.signal(Signal::STOP);
+        let stat = format!("/proc/{}/stat", process.pid());
         eventually(DEADLINE, "it is stopped", || {
             let stat = fs::read_to_string(&stat).expect("it is there");
             let (_, state) = stat.rsplit_once(") ").expect("the state follows the name");
             state.starts_with('T').then_some(())
         });
         self.store.clear(rule);
+        process
+    }
+
+    /// An expiry stopped where `rule` met it, and a pin on the oldest backup by one that has not seen its announcement:
+    /// it knew none when it began, and is gone before it looked again.
+    fn stopped_beside_a_pin(&self, rule: Rule) -> Agent {
+        let pin = self.seawall(&["pin", &self.backups[0]]);
+        let mut pin = self.stopped(pin, Rule::new(Fault::Hang).on(Operation::PutObject).key("/pins/"));
+        let expiry = self.stopped_expiry(rule);
+        let look = self.store.fault(Rule::new(Fault::Hang).on(Operation::GetObject).key("-expired-"));
+        pin.signal(Signal::CONT);
+        eventually(DEADLINE, "the pin is there", || {
+            self.store.objects().keys().any(|key| key.contains("/pins/")).then_some(())
+        });
+        pin.kill9();
+        self.store.clear(look);
         expiry
     }
 
@@ -163,7 +180,7 @@ impl<'a> Scene<'a> {
     #[track_caller]
     fn notes_of(&self, name: &str) -> Vec<String> {
         let ours = self.rig.command(&[]);
-        let mut builder = Server::builder(self.rig.server.major());
+        let mut builder = Server::builder(self.rig.server.major()).setting("max_wal_senders", SENDERS);
         for (name, value) in ours.get_envs() {
             let Some(value) = value else { continue };
             builder = builder.environment(name.to_str().expect("text"), value.to_str().expect("text"));
@@ -261,7 +278,7 @@ fn a_store_lets_go_what_expires_and_nothing_else() {
     scene.rig.reach.bucket = bucket;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     assert_eq!(refused.status.code(), Some(78), "{said}");
-    assert!(said.contains("prefiks/some/prefix") && said.contains("holds nothing for cluster main"), "{said}");
+    assert!(said.contains("prefiks/some/prefix holds no repository of seawall's"), "{said}");
 
     store.forget_requests();
     let done = scene.answer(&["expire", "--apply"]);
@@ -281,10 +298,11 @@ fn a_store_lets_go_what_expires_and_nothing_else() {
 #[test]
 fn whatever_meets_an_expiry_that_stands_still_loses_nothing() {
     let Some(server) = server() else { return };
-    let scenes: [(&str, fn(Scene<'_>)); 5] = [
+    let scenes: [(&str, fn(Scene<'_>)); 6] = [
         ("overtaken", a_backup_and_another_expiry_overtake_one_that_has_announced),
         ("withdrawn", what_was_announced_is_kept_after_all),
         ("in_flight", what_was_confirmed_is_kept_after_all),
+        ("too_late", a_pin_that_comes_too_late_is_refused),
         ("killed", a_killed_one_is_finished_by_the_next),
         ("pinned", a_restore_under_way_keeps_its_backup),
     ];
@@ -307,29 +325,45 @@ fn a_backup_and_another_expiry_overtake_one_that_has_announced(mut scene: Scene<
     process::run_ok(&mut scene.restore("meanwhile", &[]), DEADLINE);
     // It waits until the lease is nobody's.
     scene.back_up();
-    assert_eq!(scene.answer(&["expire", "--apply"])["repositories"][0]["freed"]["backups"], 2);
+    let done = scene.answer(&["expire", "--apply"]);
+    assert_eq!(done["repositories"][0]["freed"]["backups"], 2, "{done:#}");
     scene.resume_in_vain(expiry);
     assert!(scene.objects_of(&old).is_empty());
     scene.assert_sound(&[&scene.backups[2]]);
 }
 
-fn what_was_announced_is_kept_after_all(mut scene: Scene<'_>) {
-    let expiry = scene.stopped_expiry(announced());
-    scene.keep(ALL);
-    assert_eq!(scene.answer(&["expire", "--apply"])["repositories"][0]["freed"]["backups"], 0);
+fn what_was_announced_is_kept_after_all(scene: Scene<'_>) {
+    let expiry = scene.stopped_beside_a_pin(announced());
+    let kept = scene.answer(&["expire", "--apply"]);
+    assert_eq!(kept["repositories"][0]["freed"]["backups"], 0, "{kept:#}");
     scene.resume_in_vain(expiry);
     scene.comes_back_from(&scene.backups[0]);
     scene.assert_sound(&[&scene.backups[0], &scene.backups[1]]);
 }
 
 /// The stopped one has a request on its way, which it would repeat.
-fn what_was_confirmed_is_kept_after_all(mut scene: Scene<'_>) {
-    let expiry = scene.stopped_expiry(begun());
-    scene.keep(ALL);
-    assert_eq!(scene.answer(&["expire", "--apply"])["repositories"][0]["freed"]["backups"], 0);
+fn what_was_confirmed_is_kept_after_all(scene: Scene<'_>) {
+    let expiry = scene.stopped_beside_a_pin(begun());
+    let kept = scene.answer(&["expire", "--apply"]);
+    assert_eq!(kept["repositories"][0]["freed"]["backups"], 0, "{kept:#}");
     scene.resume_in_vain(expiry);
     scene.comes_back_from(&scene.backups[0]);
     scene.assert_sound(&[&scene.backups[0], &scene.backups[1]]);
+}
+
+/// Whoever is told that a backup is pinned keeps it.
+fn a_pin_that_comes_too_late_is_refused(scene: Scene<'_>) {
+    let old = &scene.backups[0];
+    let pin = scene.seawall(&["pin", old]);
+    let mut pin = scene.stopped(pin, Rule::new(Fault::Hang).on(Operation::PutObject).key("/pins/"));
+    let mut expiry = scene.stopped_expiry(announced());
+    pin.signal(Signal::CONT);
+    assert_eq!(pin.wait(DEADLINE).code(), Some(75), "{}", pin.stderr());
+    assert!(pin.stderr().contains("expire"), "{}", pin.stderr());
+    expiry.kill9();
+    scene.answer(&["expire", "--apply"]);
+    assert!(scene.objects_of(old).is_empty());
+    scene.assert_sound(&[&scene.backups[1]]);
 }
 
 fn a_killed_one_is_finished_by_the_next(scene: Scene<'_>) {
