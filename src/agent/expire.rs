@@ -46,6 +46,10 @@ impl Tenure for Part {
     async fn confirm(&self) -> Result<(), Failure> {
         Part::confirm(self).await
     }
+
+    fn is_held(&self) -> bool {
+        self.is_valid()
+    }
 }
 
 /// Takes the lease of a lineage in one repository, expires there, and gives the lease back.

@@ -7,10 +7,11 @@ use super::args::{Global, PinArgs};
 use super::list::shelves;
 use super::repositories::{self, Look};
 use super::{Verdict, output, setup};
+use crate::catalog::Archive;
 use crate::catalog::backup::{BackupFile, PinFile, PinKind};
 use crate::catalog::shelf::Shelf;
 use crate::config::ArchiveConfig;
-use crate::error::{ExitCode, Failure};
+use crate::error::{Disposition, ExitCode, Failure};
 use crate::repository::layout::{BackupId, Lineage, PinName};
 
 /// What is done to a backup.
@@ -92,12 +93,31 @@ async fn pin(look: &Look, lineage: &Lineage, shelf: &Shelf, file: &BackupFile) -
         released: false,
         host: setup::host_name(),
     };
-    loop {
+    let archive = look.archive(lineage);
+    let name = loop {
         // Somebody else's number: another one is drawn.
-        if look.archive(lineage).put_pin(PinName { id: fastrand::u64(..), number: 1 }, &pin).await? {
-            return Ok(true);
+        let name = PinName { id: fastrand::u64(..), number: 1 };
+        if archive.put_pin(name, &pin).await? {
+            break name;
         }
+    };
+    // `expire` announces and then looks for pins; here it is the other way round, so that one of the two sees the other.
+    if archive.expired().await?.backups().contains(&file.id) {
+        lift(&archive, name, &pin).await?;
+        let message = format!("backup {} is being removed from {} by `expire`", file.id, look.config.name);
+        return Err(Failure::new(ExitCode::TryAgain, message)
+            .disposition(Disposition::Retry)
+            .hint("`seawall list` shows whether it is kept after all; if so, pin it again"));
     }
+    Ok(true)
+}
+
+/// Where the number is taken, somebody else has just lifted it.
+async fn lift(archive: &Archive, name: PinName, pin: &PinFile) -> Result<(), Failure> {
+    let next = PinName { id: name.id, number: name.number + 1 };
+    let lifted = PinFile { released: true, created: Timestamp::now(), host: setup::host_name(), ..pin.clone() };
+    archive.put_pin(next, &lifted).await?;
+    Ok(())
 }
 
 /// Lifts every pin of an operator there is.
@@ -105,10 +125,7 @@ async fn unpin(look: &Look, lineage: &Lineage, shelf: &Shelf, file: &BackupFile)
     let now = Timestamp::now();
     let mut said = false;
     for (name, pin) in shelf.pins_on(file.id, now) {
-        let next = PinName { id: name.id, number: name.number + 1 };
-        let lifted = PinFile { released: true, created: now, host: setup::host_name(), ..pin.clone() };
-        // Where the number is taken, somebody else has just lifted it.
-        look.archive(lineage).put_pin(next, &lifted).await?;
+        lift(&look.archive(lineage), name, pin).await?;
         said = true;
     }
     Ok(said)

@@ -21,6 +21,7 @@
 //! * The lease, confirmed before each batch, keeps two from working at one time. It is not what makes it safe.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -43,12 +44,17 @@ use crate::repository::{Key, StoreErrorKind};
 /// How often a plan is made anew because somebody began to need some of it.
 const ATTEMPTS: u32 = 3;
 const SCHEMA: u32 = 1;
+/// Between two looks whether the right still holds, while a store is at work.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The right to expire in one repository.
 #[async_trait]
 pub trait Tenure: Send + Sync {
     /// Makes sure that nobody else has it now.
     async fn confirm(&self) -> Result<(), Failure>;
+
+    /// Whether nobody else can have it by now, as far as this process knows by itself.
+    fn is_held(&self) -> bool;
 }
 
 /// What an expiry goes by.
@@ -155,6 +161,12 @@ pub async fn expire(job: &Job<'_>) -> Result<Expiry, Failure> {
     Err(Failure::new(ExitCode::TryAgain, message).disposition(Disposition::Retry).hint("try again in a moment"))
 }
 
+pub(super) fn lost() -> Failure {
+    Failure::new(ExitCode::TryAgain, "the lease ended while the store was at work, and it may be another's by now")
+        .disposition(Disposition::Retry)
+        .hint("what is left is deleted the next time anything expires")
+}
+
 fn dead_files(plan: &Plan, at: Timestamp) -> Vec<DeadFile> {
     let dead = |verdict: &BackupVerdict| {
         let reason = verdict.reasons.join("; ");
@@ -189,6 +201,22 @@ impl Job<'_> {
     pub(super) async fn confirm(&self) -> Result<(), Failure> {
         self.keep_going()?;
         self.tenure.confirm().await
+    }
+
+    /// `work`, unless the right ends before it does. A request that was not answered is repeated: by a process that was
+    /// stopped meanwhile, what somebody else has taken back would be deleted after all.
+    pub(super) async fn while_held<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let ended = async {
+            while self.tenure.is_held() {
+                tokio::time::sleep(LOOK_INTERVAL).await;
+            }
+        };
+        tokio::select! {
+            // First: once a stopped process goes on, both are due.
+            biased;
+            () = ended => None,
+            done = work => Some(done),
+        }
     }
 
     /// Whether deleting is permitted: found out before anything is announced that would then stay.
@@ -312,6 +340,7 @@ impl Job<'_> {
     async fn revive(&self, backups: &[BackupId]) -> Result<(), Failure> {
         for &id in backups {
             tracing::info!(backup = %id, "it is kept after all: dead.json is taken back");
+            // Without a look at the lease: what is ours to take back is taken back by nobody else before the next run.
             self.archive.backend.delete(&self.archive.lineage.backup_dead(id)).await?;
         }
         Ok(())

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::apply::{ExpireProgress, Freed, Job, Locked};
+use super::apply::{ExpireProgress, Freed, Job, Locked, lost};
 use super::inventory::Debris;
 use super::plan::Plan;
 use crate::catalog::contents::DirectoryContents;
@@ -176,7 +176,8 @@ impl<'a, 'b> Deleting<'a, 'b> {
     async fn delete_batch(&self, keys: &[Key]) -> Result<Vec<(Key, StoreError)>, Failure> {
         let mut tries = 1;
         loop {
-            match self.job.archive.backend.delete_each(keys).await {
+            let deleted = self.job.while_held(self.job.archive.backend.delete_each(keys)).await;
+            match deleted.ok_or_else(lost)? {
                 Ok(kept) => return Ok(kept),
                 Err(error) if error.is(StoreErrorKind::Unavailable) && tries < TRIES => {
                     tries += 1;

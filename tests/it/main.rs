@@ -9,6 +9,7 @@ mod docker;
 mod encryption;
 mod end_to_end;
 mod expire;
+mod expire_races;
 mod find;
 mod forks;
 mod hostile;

@@ -267,6 +267,10 @@ impl Tenure for Lease {
             true => Err(Failure::new(ExitCode::TryAgain, "the lease was lost")),
         }
     }
+
+    fn is_held(&self) -> bool {
+        !self.is_lost.load(Ordering::SeqCst)
+    }
 }
 
 async fn expire_with(backend: Arc<dyn Backend>, lease: &Lease, seed: u64) -> Result<Expiry, Failure> {

@@ -150,6 +150,7 @@ pub struct Builder {
     origin_backup: Option<Arc<BaseBackup>>,
     signal_file: Option<&'static str>,
     clock: Option<Arc<ModelClock>>,
+    environment: Vec<(String, String)>,
 }
 
 impl Builder {
@@ -204,6 +205,12 @@ impl Builder {
     /// It lives by this clock, and what it runs too.
     pub fn clock(mut self, clock: &Arc<ModelClock>) -> Builder {
         self.clock = Some(clock.clone());
+        self
+    }
+
+    /// A variable for what it runs.
+    pub fn environment(mut self, name: &str, value: &str) -> Builder {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -296,6 +303,7 @@ impl Server {
             origin_backup: None,
             signal_file: None,
             clock: None,
+            environment: Vec::new(),
         }
     }
 
@@ -425,6 +433,7 @@ impl Server {
         if let Some(clock) = &self.builder.clock {
             clock.show_to(&mut postgres);
         }
+        postgres.envs(self.builder.environment.iter().map(|(name, value)| (name, value)));
         let child = postgres.spawn().map_err(|error| format!("could not run {postgres:?}: {error}"))?;
         self.postmaster = Some(Reaped(child));
         Ok(())
