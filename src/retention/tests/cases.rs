@@ -47,7 +47,8 @@ fn no_life_of_an_archive_lets_expire_take_what_is_promised() {
         }
     }
     println!("{removed} segments removed, {withdrawn} announcements withdrawn, at the end {outcomes:?}");
-    assert!(removed > 0 && withdrawn > 0, "the cases are about something");
+    let is_usual = std::env::var_os("SEAWALL_RETENTION_SEEDS").is_none();
+    assert!(!is_usual || removed > 0 && withdrawn > 0, "the cases are about something");
 }
 
 /// What no rule speaks for goes, all of it.
@@ -141,7 +142,7 @@ fn a_million_segments() {
     const EACH: u64 = 333_334;
     for timeline in 1..=3u32 {
         let ancestors =
-            (1..timeline).map(|it| HistoryEntry { timeline: TimelineId(it), end: Lsn(u64::from(it) * EACH << 24) });
+            (1..timeline).map(|it| HistoryEntry { timeline: TimelineId(it), end: Lsn((u64::from(it) * EACH) << 24) });
         let history = History::of_ancestors(TimelineId(timeline), ancestors.collect()).unwrap();
         inventory.histories.extend((timeline > 1).then_some((TimelineId(timeline), history)));
         let numbers = (u64::from(timeline) - 1) * EACH + 1..=u64::from(timeline) * EACH;
