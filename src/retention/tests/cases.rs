@@ -47,7 +47,8 @@ fn no_life_of_an_archive_lets_expire_take_what_is_promised() {
         }
     }
     println!("{removed} segments removed, {withdrawn} announcements withdrawn, at the end {outcomes:?}");
-    assert!(removed > 0 && withdrawn > 0, "the cases are about something");
+    let is_usual = std::env::var_os("SEAWALL_RETENTION_SEEDS").is_none();
+    assert!(!is_usual || removed > 0 && withdrawn > 0, "the cases are about something");
 }
 
 /// What no rule speaks for goes, all of it.
